@@ -1,0 +1,1 @@
+"""Model and study configurations that the package brings."""

@@ -1,0 +1,1 @@
+"""OTCO: optimal transport plans for contrastive learning, as an OpenCLIP plugin."""

@@ -1,0 +1,1 @@
+"""Optimal transport, alone: costs, plans and divergences. Knows nothing of OpenCLIP."""

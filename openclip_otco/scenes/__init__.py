@@ -1,0 +1,1 @@
+"""`scenes`: rendered pictures with captions, the embedded default data set."""

@@ -1,0 +1,1 @@
+"""`compare`: runs of OpenCLIP training script side by side."""
