@@ -1,0 +1,41 @@
+"""Exact plan: the optimum itself, by POT's network simplex. Needs the whole matrix; the reference, not the workhorse."""
+
+from __future__ import annotations
+
+import ot as pot
+import torch
+from torch import Tensor
+
+from openclip_otco.ot.cost import CostLike, as_cost
+from openclip_otco.ot.marginals import marginals
+from openclip_otco.ot.sparse_plan import SparsePlan, certified
+
+
+def exact_plan(
+    cost: CostLike, a: Tensor | None = None, b: Tensor | None = None, max_iterations: int = 1_000_000
+) -> SparsePlan:
+    """The optimal coupling, with its duals (`ot.emd`, Bonneel et al., SIGGRAPH Asia 2011).
+
+    Args:
+        cost: `(n, m)` matrix or lazy cost; it is laid out as a float64 matrix on the CPU.
+        a, b: `(n,)` and `(m,)` masses; uniform where `None`.
+        max_iterations: of the simplex.
+
+    Raises:
+        RuntimeError: the simplex did not finish.
+    """
+    cost = as_cost(cost)
+    row_mass, col_mass = marginals(cost, a, b)
+    matrix = cost.rows(slice(0, cost.shape[0])).double().cpu()
+    plan, log = pot.emd(
+        row_mass.cpu().numpy(), col_mass.cpu().numpy(), matrix.numpy(), numItermax=max_iterations, log=True
+    )
+    if log["warning"]:
+        raise RuntimeError(f"exact plan: {log['warning']} Raise max_iterations, or ask for the combinatorial plan.")
+    dense = torch.from_numpy(plan)
+    rows, cols = torch.nonzero(dense, as_tuple=True)
+    device = cost.device
+    return certified(
+        cost, row_mass, col_mass, rows.to(device), cols.to(device), dense[rows, cols].to(device),
+        torch.as_tensor(log["v"], device=device),
+    )  # fmt: skip
