@@ -152,7 +152,7 @@ def _push_relabel(
     section 4). Free rows offer all their mass to the column that is cheapest for them; whoever held that mass at `p`
     is pushed out and becomes free.
     """
-    n, m = cost.shape
+    m = cost.shape[1]
     step = slack * _PUSH_STEP
     bids = _Bids(cost, low, step, 1.0, floor=True, seed=seed)
     device = cost.device
@@ -209,9 +209,7 @@ def _shares(group: Tensor, wanted: Tensor, available: Tensor) -> Tensor:
     return torch.empty_like(wanted).index_copy_(0, order, share)
 
 
-def _merged(
-    rows: Tensor, cols: Tensor, mass: Tensor, fresh: Tensor, m: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _merged(rows: Tensor, cols: Tensor, mass: Tensor, fresh: Tensor, m: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The entries with those of one row, column and price added up."""
     key, index = torch.unique((rows * m + cols) * 2 + fresh, return_inverse=True)
     total = torch.zeros(len(key), dtype=mass.dtype, device=mass.device).index_add_(0, index, mass)

@@ -1,4 +1,4 @@
-"""Exact plan: the optimum itself, by POT's network simplex. Needs the whole matrix; the reference, not the workhorse."""
+"""Exact plan: the optimum itself, by POT's network simplex. Needs the whole matrix: a reference, no workhorse."""
 
 from __future__ import annotations
 

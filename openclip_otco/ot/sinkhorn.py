@@ -76,8 +76,7 @@ def sinkhorn(
     """
     if not epsilon > 0 or not tol > 0 or max_iterations < 1:
         raise ValueError(
-            f"epsilon and tol must be positive and max_iterations at least 1; "
-            f"got {epsilon}, {tol} and {max_iterations}"
+            f"epsilon and tol must be positive and max_iterations at least 1; got {epsilon}, {tol} and {max_iterations}"
         )
     cost = as_cost(cost)
     row_mass, col_mass = (mass.to(cost.dtype) for mass in marginals(cost, a, b))

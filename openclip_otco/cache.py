@@ -1,0 +1,133 @@
+"""What is kept between steps: the window of features that the next plan is made of, and the plans themselves."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openclip_otco.plan import TransportPlan
+
+
+class FeatureWindow:
+    """The image and text features of the last optimizer steps, at most `max_support` pairs of them.
+
+    Args:
+        steps: `Δ >= 1`, the steps that make a window.
+        max_support: cap on the pairs kept; above it each step gives a seeded subsample of its share, so that memory
+            stays `O(max_support · d)` whatever the batch.
+        seed: of the subsample; with the same seed all ranks choose the same pairs.
+
+    Raises:
+        ValueError: `steps` or `max_support` below one.
+    """
+
+    def __init__(self, steps: int = 8, max_support: int = 8192, seed: int = 0) -> None:
+        if steps < 1 or max_support < 1:
+            raise ValueError(f"steps and max_support must be at least 1; got {steps} and {max_support}")
+        self.steps, self.max_support, self.seed = steps, max_support, seed
+        self._batches: list[tuple[Tensor, Tensor]] = []
+        self.dropped = 0
+
+    def __len__(self) -> int:
+        """Steps in the window."""
+        return len(self._batches)
+
+    @property
+    def full(self) -> bool:
+        return len(self) >= self.steps
+
+    def add(self, image_features: Tensor, text_features: Tensor, step: int) -> None:
+        """Takes the `(B, d)` features of one step; pairs with a NaN or an infinity are left out and counted."""
+        images, texts = image_features.detach().float(), text_features.detach().float()
+        finite = torch.isfinite(images).all(dim=1) & torch.isfinite(texts).all(dim=1)
+        lost = len(finite) - int(finite.sum())
+        if lost:
+            self.dropped += lost
+            images, texts = images[finite], texts[finite]
+        # The k-th step gets the k-th part of the cap, so that the parts add up to it exactly.
+        k = len(self)
+        quota = self.max_support * (k + 1) // self.steps - self.max_support * k // self.steps
+        if len(images) > quota:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+            chosen = torch.randperm(len(images), generator=generator)[:quota].sort().values.to(images.device)
+            images, texts = images[chosen], texts[chosen]
+        self._batches.append((images.clone(), texts.clone()))
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        """Image and text features, `(N, d)` each, of the whole window.
+
+        Raises:
+            ValueError: there are none.
+        """
+        batches = [batch for batch in self._batches if len(batch[0])]
+        if not batches:
+            raise ValueError("the window holds no finite features")
+        images, texts = zip(*batches, strict=True)
+        return torch.cat(images), torch.cat(texts)
+
+    def clear(self) -> None:
+        self._batches.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": [list(batch) for batch in self._batches], "dropped": self.dropped}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
+        self._batches = [(images.to(device), texts.to(device)) for images, texts in state["batches"]][-self.steps :]
+        self.dropped = int(state["dropped"])
+
+
+class PlanCache:
+    """A bounded dictionary from step to plan, oldest out first.
+
+    Args:
+        size: plans kept, at least 1.
+        seed: of the draws. A draw depends on seed and step alone, so a resumed run draws as an uninterrupted one.
+
+    Raises:
+        ValueError: `size` below one.
+    """
+
+    def __init__(self, size: int = 4, seed: int = 0) -> None:
+        if size < 1:
+            raise ValueError(f"a plan cache must keep at least 1 plan; got {size}")
+        self.size, self.seed = size, seed
+        self._plans: OrderedDict[int, TransportPlan] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._plans)
+
+    def __getitem__(self, step: int) -> TransportPlan:
+        return self._plans[step]
+
+    @property
+    def newest(self) -> TransportPlan | None:
+        return next(reversed(self._plans.values()), None)
+
+    def add(self, plan: TransportPlan) -> None:
+        """Keeps `plan` under its step; drops the oldest ones beyond `size`."""
+        self._plans[plan.step] = plan
+        self._plans.move_to_end(plan.step)
+        while len(self) > self.size:
+            self._plans.popitem(last=False)
+
+    def draw(self, count: int, step: int) -> tuple[TransportPlan, ...]:
+        """`count` different plans for `step`, or all where there are fewer."""
+        generator = random.Random(f"{self.seed}/{step}")
+        return tuple(generator.sample(list(self._plans.values()), min(count, len(self))))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain types only."""
+        return {"plans": [plan.state_dict() for plan in self._plans.values()]}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
+        self._plans.clear()
+        for plan in state["plans"]:
+            self.add(TransportPlan.from_state_dict(plan).to(device))

@@ -1,0 +1,168 @@
+"""Plan-caching callback: feeds the window, makes the plans, and sets those of the next step. No numerics here."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from openclip_otco.cache import FeatureWindow, PlanCache
+from openclip_otco.loss import OTCOLoss
+from openclip_otco.plan import TransportPlan
+from openclip_otco.solver import PlanSolver
+
+
+class ScalarWriter(Protocol):
+    """What is used of TensorBoard's `SummaryWriter`."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
+
+
+class PlanCacheCallback:
+    """Makes a plan from every window of features and hands cached plans to the loss.
+
+    A plan that fails is logged and counted, and training goes on with the last good one. All ranks see the same
+    gathered features and the same seeds, so they hold the same plans.
+
+    Args:
+        loss: the loss to set plans of; its gathered features feed the window.
+        window: features of the last `Δ` steps.
+        cache: the plans kept.
+        solver: from features to plan.
+        plans_per_step: `K >= 1`, plans drawn each step.
+        warmup: share of all steps, in `[0, 1]`, before the plans act.
+        device: where resumed plans go; made ones are where the features are.
+        log_every: steps between two log lines; TensorBoard and W&B get every plan.
+        master: whether this process logs.
+        wandb: whether to log to W&B.
+
+    Raises:
+        ValueError: `plans_per_step` below one, `warmup` outside `[0, 1]`.
+    """
+
+    name = "otco"
+
+    def __init__(
+        self,
+        loss: OTCOLoss,
+        window: FeatureWindow,
+        cache: PlanCache,
+        solver: PlanSolver,
+        plans_per_step: int = 1,
+        warmup: float = 0.05,
+        device: torch.device | str = "cpu",
+        log_every: int = 100,
+        master: bool = True,
+        wandb: bool = False,
+    ) -> None:
+        if plans_per_step < 1:
+            raise ValueError(f"plans_per_step must be at least 1; got {plans_per_step}")
+        if not 0 <= warmup <= 1:
+            raise ValueError(f"warmup must lie in [0, 1]; got {warmup}")
+        self.loss, self.window, self.cache, self.solver = loss, window, cache, solver
+        self.plans_per_step, self.warmup = plans_per_step, warmup
+        self.device, self.log_every, self.master, self.wandb = device, log_every, master, wandb
+        self.warmup_steps = 0
+        self.made = 0
+        self.skipped = 0
+        self._next_line = 0
+
+    def on_train_start(self, *, step: int, total_steps: int, writer: ScalarWriter | None = None) -> None:
+        """Called once with the first step to run and the number of all steps."""
+        self.warmup_steps = math.ceil(self.warmup * total_steps)
+        self._next_line = step
+        self._set_plans(step)
+
+    def on_step_end(
+        self,
+        *,
+        step: int,
+        epoch: int,
+        features: Mapping[str, Tensor],
+        losses: Mapping[str, Tensor],
+        writer: ScalarWriter | None = None,
+    ) -> None:
+        """Called after each optimizer step; every `Δ` of them make a plan."""
+        gathered = self.loss.gathered or (features["image_features"], features["text_features"])
+        self.window.add(*gathered, step=step)
+        if self.window.full:
+            plan = self._make_plan(step)
+            if plan is not None:
+                self._log(plan, writer)
+        self._set_plans(step + 1)
+
+    def on_epoch_end(self, *, epoch: int, step: int, writer: ScalarWriter | None = None) -> None:
+        """Nothing to do: windows run on from epoch to epoch."""
+
+    def on_train_end(self, *, step: int, writer: ScalarWriter | None = None) -> None:
+        if self.master and self.made + self.skipped:
+            logging.info(
+                f"OTCO Plans: {self.made} made, {self.skipped} skipped, {self.window.dropped} non-finite pairs dropped"
+            )
+
+    def on_save_checkpoint(self) -> dict[str, Any]:
+        """The state that goes into OpenCLIP's checkpoint: tensors and plain types only."""
+        return {
+            "cache": self.cache.state_dict(),
+            "window": self.window.state_dict(),
+            "made": self.made,
+            "skipped": self.skipped,
+        }
+
+    def on_load_checkpoint(self, state: Mapping[str, Any] | None) -> None:
+        """Takes up a saved state; without one the cache starts empty, and a line says so."""
+        if state is None:
+            if self.master:
+                logging.info("=> no OTCO state in the checkpoint, starting with an empty plan cache")
+            return
+        self.cache.load_state_dict(state["cache"], self.device)
+        self.window.load_state_dict(state["window"], self.device)
+        self.made, self.skipped = int(state["made"]), int(state["skipped"])
+        if self.master:
+            logging.info(f"=> resuming OTCO with {len(self.cache)} cached plans (steps {list(self.cache)})")
+
+    def _make_plan(self, step: int) -> TransportPlan | None:
+        try:
+            plan = self.solver.solve(*self.window.features(), step=step, previous=self.cache.newest)
+        except (ValueError, RuntimeError) as error:
+            self.skipped += 1
+            logging.warning(f"OTCO plan at step {step} skipped, going on with the last good one: {error}")
+            return None
+        finally:
+            self.window.clear()
+        self.made += 1
+        self.cache.add(plan)
+        return plan
+
+    def _set_plans(self, step: int) -> None:
+        if step < self.warmup_steps:
+            self.loss.set_plans((), None)
+        else:
+            self.loss.set_plans(self.cache.draw(self.plans_per_step, step), self.cache.newest)
+
+    def _log(self, plan: TransportPlan, writer: ScalarWriter | None) -> None:
+        if not self.master:
+            return
+        metrics = dict(plan.diagnostics)
+        if self.loss.effective_share is not None:
+            metrics["effective_share"] = float(self.loss.effective_share)
+        metrics["skipped"] = self.skipped
+        if plan.step >= self._next_line:
+            self._next_line = plan.step + self.log_every
+            logging.info(f"OTCO Plan: {self.made} (step {plan.step}, N {len(plan)}) " + _line(metrics))
+        if writer is not None:
+            for name, value in metrics.items():
+                writer.add_scalar(f"train/otco_{name}", value, plan.step)
+        if self.wandb:
+            import wandb
+
+            wandb.log({f"train/otco_{name}": value for name, value in metrics.items()}, step=plan.step)
+
+
+def _line(metrics: Mapping[str, float]) -> str:
+    """Metrics in the manner of OpenCLIP's loss line: `Name: value Name: value`."""
+    return " ".join(f"{name.replace('_', ' ').title()}: {value:#.4g}" for name, value in metrics.items())

@@ -1,0 +1,191 @@
+"""OTCO loss: InfoNCE weighted by plan confidence, with transported pairs beside the real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss, gather_features
+from torch import Tensor
+
+from openclip_otco.ot import sinkhorn_divergence
+from openclip_otco.plan import TransportPlan
+
+
+class Features(NamedTuple):
+    """Image and text features, `(n, d)` each; row `i` of both is one pair."""
+
+    images: Tensor
+    texts: Tensor
+
+
+class OTCOLoss(ClipLoss):
+    """`ClipLoss` with cached transport plans at work (method, section 4).
+
+    .. code-block:: text
+
+        L = Σ_i c_i · InfoNCE(v_i, t_i)
+          + λ/K · Σ_k Σ_i c_i · [InfoNCE(v'_i, t_i) + InfoNCE(v_i, t'_i)]
+          + μ · S_ε(V, T)
+
+    `v'` is compared among texts and `t'` among images, never across. Until plans are set (`set_plans`), and with
+    `λ = γ = μ = 0`, it is `ClipLoss` to the bit.
+
+    Args:
+        confidence: `γ >= 0`, the power of the plan confidence that makes the weights `c_i`; 0 switches them off.
+        transport_weight: `λ >= 0`, of the transported pairs.
+        divergence_weight: `μ >= 0`, of the Sinkhorn divergence between the batch's images and texts.
+        epsilon: `ε` of that divergence, in units of the cost.
+        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: as in `open_clip.ClipLoss`.
+
+    Raises:
+        ValueError: a negative weight.
+
+    Example::
+
+        loss = OTCOLoss(confidence=1.0)
+        loss.set_plans([plan], newest=plan)
+        losses = loss(image_features, text_features, logit_scale, output_dict=True)
+        sum(losses.values()).backward()
+    """
+
+    def __init__(
+        self,
+        confidence: float = 1.0,
+        transport_weight: float = 0.0,
+        divergence_weight: float = 0.0,
+        epsilon: float = 0.1,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
+        super().__init__(
+            local_loss=local_loss,
+            gather_with_grad=gather_with_grad,
+            cache_labels=cache_labels,
+            rank=rank,
+            world_size=world_size,
+            use_horovod=use_horovod,
+        )
+        for name, weight in (
+            ("confidence", confidence),
+            ("transport_weight", transport_weight),
+            ("divergence_weight", divergence_weight),
+        ):
+            if not weight >= 0:
+                raise ValueError(f"{name} must not be negative; got {weight}")
+        self.confidence = confidence
+        self.transport_weight = transport_weight
+        self.divergence_weight = divergence_weight
+        self.epsilon = epsilon
+        self.drawn: tuple[TransportPlan, ...] = ()
+        self.newest: TransportPlan | None = None
+        self.gathered: Features | None = None
+        self.effective_share: Tensor | None = None
+
+    def set_plans(self, drawn: Sequence[TransportPlan], newest: TransportPlan | None) -> None:
+        """The plans of the coming step: `drawn` generate the transported pairs, `newest` measures confidence."""
+        self.drawn, self.newest = tuple(drawn), newest
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> dict[str, Tensor] | Tensor:
+        """The loss of `(B, d)` unit-norm image and text features; row `i` of both is one pair.
+
+        Returns:
+            The sum, or with `output_dict` its weighted terms: `contrastive_loss`, and where they act `transport_loss`
+            and `divergence_loss`. Whoever trains adds the entries up, so nothing else may stand among them.
+        """
+        local = Features(image_features, text_features)
+        everyone = self._gather(local)
+        # The callback's window is fed from here: no second collective.
+        self.gathered = Features(everyone.images.detach(), everyone.texts.detach())
+        rows = local if self.local_loss else everyone
+        weights = self._weights(everyone)
+        losses = {"contrastive_loss": self._info_nce(rows, everyone, logit_scale, logit_bias, weights)}
+        if self.transport_weight and self.drawn:
+            total = torch.zeros((), device=image_features.device)
+            for plan in self.drawn:
+                moved = _transported(plan, rows)
+                moved_everyone = moved if rows is everyone else _transported(plan, everyone)
+                for x, all_x in (
+                    (Features(moved.images, rows.texts), Features(moved_everyone.images, everyone.texts)),
+                    (Features(rows.images, moved.texts), Features(everyone.images, moved_everyone.texts)),
+                ):
+                    total = total + self._info_nce(x, all_x, logit_scale, None, weights)
+            losses["transport_loss"] = self.transport_weight / len(self.drawn) * total
+        if self.divergence_weight:
+            with torch.autocast(image_features.device.type, enabled=False):
+                divergence = sinkhorn_divergence(everyone.images.float(), everyone.texts.float(), self.epsilon)
+            losses["divergence_loss"] = self.divergence_weight * divergence
+        return losses if output_dict else reduce(torch.add, losses.values())
+
+    def _gather(self, local: Features) -> Features:
+        if self.world_size == 1:
+            return local
+        return Features(
+            *gather_features(
+                local.images,
+                local.texts,
+                local_loss=self.local_loss,
+                gather_with_grad=self.gather_with_grad,
+                rank=self.rank,
+                world_size=self.world_size,
+                use_horovod=self.use_horovod,
+            )
+        )
+
+    def _weights(self, everyone: Features) -> Tensor | None:
+        """`c_i` of the rows of the logits, `(rows,)`, mean 1 over the global batch; `None` where all are 1."""
+        self.effective_share = None
+        if not self.confidence or self.newest is None:
+            return None
+        log_confidence = self.newest.log_confidence(everyone.images, everyone.texts)
+        weights = torch.softmax(self.confidence * log_confidence, dim=0) * len(log_confidence)
+        self.effective_share = weights.square().mean().reciprocal()
+        if self.local_loss and self.world_size > 1:
+            weights = weights.chunk(self.world_size)[self.rank]
+        return weights
+
+    def _info_nce(
+        self,
+        rows: Features,
+        everyone: Features,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None,
+        weights: Tensor | None,
+    ) -> Tensor:
+        """Symmetric InfoNCE of `rows` against `everyone`; the operations and their order are `ClipLoss`'s own."""
+        logits_per_image = logit_scale * rows.images @ everyone.texts.T
+        if self.world_size > 1 and not self.local_loss:
+            logits_per_text = logits_per_image.T
+        else:
+            logits_per_text = logit_scale * rows.texts @ everyone.images.T
+        if logit_bias is not None:
+            logits_per_image += logit_bias
+            logits_per_text += logit_bias
+        labels = self.get_ground_truth(logits_per_image.device, logits_per_image.shape[0])
+        if weights is None:
+            return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
+        per_pair = F.cross_entropy(logits_per_image, labels, reduction="none")
+        per_pair = per_pair + F.cross_entropy(logits_per_text, labels, reduction="none")
+        return (weights * per_pair).mean() / 2
+
+
+def _transported(plan: TransportPlan, pairs: Features) -> Features:
+    """`v'` and `t'` of the pairs, each own pair in its support. `v'` lives among texts and `t'` among images."""
+    return Features(
+        plan.transport_image(pairs.images, pairs.texts).to(pairs.images.dtype),
+        plan.transport_text(pairs.texts, pairs.images).to(pairs.texts.dtype),
+    )

@@ -1,0 +1,175 @@
+"""A cached transport plan: a generator of transported views, and a measure of how far a pair can be trusted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from openclip_otco.ot.cost import CosineCost
+from openclip_otco.ot.sinkhorn import soft_ctransform
+
+# The augmented coordinates below are padded to a multiple of this, which fused attention kernels ask for.
+_HEAD_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class TransportPlan:
+    """The entropic plan between `N` image and `N` text features, kept as what generates it: `O(N·d)`, never a matrix.
+
+    It answers for points that it never saw, by the c-transform (method, section 3). Both marginals are uniform.
+
+    Args:
+        image_features, text_features: `(N, d)` unit-norm float32 features; row `i` of both is one pair.
+        f, g: `(N,)` dual potentials, in units of the cost `1 - v·t`.
+        epsilon: entropic regularization `ε`.
+        step: optimizer step at which the plan was made.
+        diagnostics: what the solver had to say of it, as plain numbers.
+
+    Example::
+
+        plan = PlanSolver(epsilon=0.1).solve(image_features, text_features, step=0)
+        moved = plan.transport_image(v, t)      # (B, d), unit norm, among the texts
+        trust = plan.confidence(v, t)           # (B,), in (0, 1)
+    """
+
+    image_features: Tensor
+    text_features: Tensor
+    f: Tensor
+    g: Tensor
+    epsilon: float
+    step: int = 0
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n = self.image_features.shape[0]
+        if self.image_features.shape != self.text_features.shape or self.f.shape != (n,) or self.g.shape != (n,):
+            raise ValueError(
+                f"a plan needs (N, d) image and text features and (N,) potentials of one N; got "
+                f"{tuple(self.image_features.shape)}, {tuple(self.text_features.shape)}, "
+                f"{tuple(self.f.shape)} and {tuple(self.g.shape)}"
+            )
+
+    def __len__(self) -> int:
+        """`N`, the size of the support."""
+        return self.f.shape[0]
+
+    def image_potential(self, v: Tensor) -> Tensor:
+        """`f(v) = -ε log 1/N Σ_j exp((g_j - C(v, t_j))/ε)`, `(B,)`, of images `v`, `(B, d)`."""
+        return self._potential(v, self.text_features, self.g)
+
+    def text_potential(self, t: Tensor) -> Tensor:
+        """`g(t) = -ε log 1/N Σ_i exp((f_i - C(v_i, t))/ε)`, `(B,)`, of texts `t`, `(B, d)`."""
+        return self._potential(t, self.image_features, self.f)
+
+    def log_mass(self, v: Tensor, t: Tensor) -> Tensor:
+        """`log dσ(v, t) = (f(v) + g(t) - C(v, t))/ε`, `(B,)`: the plan's density at the pairs `(v_i, t_i)`, against
+        the product of the marginals."""
+        v, t = v.detach().float(), t.detach().float()
+        own_cost = 1.0 - (v * t).sum(dim=1)
+        return (self.image_potential(v) + self.text_potential(t) - own_cost) / self.epsilon
+
+    def log_confidence(self, v: Tensor, t: Tensor) -> Tensor:
+        """The logarithm of `confidence`, `(B,)`; it does not underflow."""
+        # Beside N support points of weight 1/N each, a pair of that weight takes the share
+        # exp(log_mass) / (exp(log_mass) + N) of its row, and by symmetry of its column.
+        return 2.0 * F.logsigmoid(self.log_mass(v, t) - math.log(len(self)))
+
+    def confidence(self, v: Tensor, t: Tensor) -> Tensor:
+        """`p(t_i | v_i) · p(v_i | t_i)`, `(B,)`, in `(0, 1)`, detached.
+
+        `p(t_i | v_i)` is the own pair's share of the plan's row at `v_i` over {own pair} ∪ {support}, and
+        `p(v_i | t_i)` that of the column at `t_i`. Hub texts have low potentials, so they do not look like good pairs
+        of everything.
+
+        Args:
+            v, t: `(B, d)` unit-norm image and text features; row `i` of both is one pair.
+        """
+        return self.log_confidence(v, t).exp()
+
+    def transport_image(self, v: Tensor, t: Tensor | None = None) -> Tensor:
+        """Images `v` moved to the texts' side: `normalize(Σ_j softmax_j((g_j + v·t_j)/ε) t_j)`, `(B, d)`.
+
+        Args:
+            v: `(B, d)` unit-norm image features; gradients flow to them.
+            t: `(B, d)` their own texts. When given, each own pair joins the support of its row (its potential comes
+                from the c-transform); it counts as a constant, as the rest of the support does.
+        """
+        own_potential = None if t is None else self.text_potential(t)
+        return self._transport(v, self.text_features, self.g, t, own_potential)
+
+    def transport_text(self, t: Tensor, v: Tensor | None = None) -> Tensor:
+        """Texts `t` moved to the images' side: `normalize(Σ_i softmax_i((f_i + v_i·t)/ε) v_i)`, `(B, d)`.
+
+        Args:
+            t: `(B, d)` unit-norm text features; gradients flow to them.
+            v: `(B, d)` their own images, or `None`; as in `transport_image`.
+        """
+        own_potential = None if v is None else self.image_potential(v)
+        return self._transport(t, self.image_features, self.f, v, own_potential)
+
+    def to(self, device: torch.device | str) -> TransportPlan:
+        """The same plan on another device."""
+        names = ("image_features", "text_features", "f", "g")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def state_dict(self) -> dict[str, object]:
+        """Tensors and plain types only, so that `torch.load(weights_only=True)` reads it."""
+        return {
+            "image_features": self.image_features,
+            "text_features": self.text_features,
+            "f": self.f,
+            "g": self.g,
+            "epsilon": self.epsilon,
+            "step": self.step,
+            "diagnostics": dict(self.diagnostics),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, object]) -> TransportPlan:
+        """The plan that `state_dict` described.
+
+        Raises:
+            TypeError: a field is missing, unknown or no tensor.
+            ValueError: the fields do not fit each other.
+        """
+        return cls(**state)  # type: ignore[arg-type]
+
+    def _potential(self, queries: Tensor, support: Tensor, potential: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
+            log_weight = torch.full_like(potential, -math.log(len(self)))
+            # A NaN among the queries is the training loop's to find, as it is with ClipLoss.
+            cost = CosineCost(queries.float(), support, check_finite=False)
+            return soft_ctransform(cost, potential, self.epsilon, log_weight)
+
+    def _transport(
+        self, queries: Tensor, support: Tensor, potential: Tensor, own: Tensor | None, own_potential: Tensor | None
+    ) -> Tensor:
+        """Scaled dot-product attention, with the potentials and the own pair folded into extra coordinates.
+
+        A query `[q, 1, s]` meets support keys `[x_j, p_j, 0]` and one more key `[0, 0, 1]`, so that the logits are
+        `q·x_j + p_j` and, for the own pair, `s = q·own + p(own)`: one fused call without a bias matrix. The values
+        `[x_j, 0]` and `[0, 1]` bring back the average over the support and the own pair's share.
+        """
+        with torch.autocast(queries.device.type, enabled=False):
+            q, d = queries.float(), support.shape[1]
+            width = -(-(d + 2) // _HEAD_ALIGNMENT) * _HEAD_ALIGNMENT
+            own = None if own is None else own.detach().float()
+            keys = support.new_zeros(len(self) + (own is not None), width)
+            keys[: len(self), :d], keys[: len(self), d] = support, potential
+            values = keys.clone()
+            values[:, d] = 0.0
+            columns = [q, q.new_ones(len(q), 1), q.new_zeros(len(q), width - d - 1)]
+            if own is not None and own_potential is not None:
+                keys[-1, d + 1] = values[-1, d] = 1.0
+                columns[2:] = [((q * own).sum(1) + own_potential)[:, None], q.new_zeros(len(q), width - d - 2)]
+            query = torch.cat(columns, dim=1)
+            out = F.scaled_dot_product_attention(
+                query[None, None], keys[None, None], values[None, None], scale=1.0 / self.epsilon
+            )[0, 0]
+            mean = out[:, :d] if own is None else out[:, :d] + out[:, d : d + 1] * own
+            return F.normalize(mean, dim=1)

@@ -1,0 +1,124 @@
+"""From a window of features to a transport plan: initial plan, Sinkhorn refinement, diagnostics."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openclip_otco.ot import CosineCost, combinatorial_plan, exact_plan, nearest_potentials, sinkhorn
+from openclip_otco.ot.cost import tiles
+from openclip_otco.ot.divergence import plan_rows, sinkhorn_divergence
+from openclip_otco.plan import TransportPlan
+
+INITIAL_PLANS = ("combinatorial", "emd", "previous", "none")
+# The drift between windows is a monitor, so a few hundred points of each are enough; they cost a hundredth of the plan.
+_DRIFT_SUPPORT = 512
+
+
+@dataclass(frozen=True)
+class PlanSolver:
+    """Couples image and text features (method, sections 1 and 2).
+
+    Args:
+        epsilon: entropic regularization `ε > 0`.
+        initial_plan: where Sinkhorn starts: `combinatorial` (to within `δ·max(C)`) or `emd` (exact, POT), and from the
+            previous plan's potentials where those are nearer; `previous` (the latter alone); `none` (zero).
+        additive_error: `δ` of the combinatorial plan, in `(0, 1]`.
+        tolerance: L1 marginal error at which Sinkhorn stops.
+        max_iterations: of Sinkhorn.
+        seed: breaks the combinatorial plan's ties.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    epsilon: float = 0.1
+    initial_plan: str = "combinatorial"
+    additive_error: float = 0.01
+    tolerance: float = 1e-3
+    max_iterations: int = 2000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.initial_plan not in INITIAL_PLANS:
+            raise ValueError(f"initial_plan must be one of {', '.join(INITIAL_PLANS)}; got {self.initial_plan!r}")
+        if not self.epsilon > 0:
+            raise ValueError(f"epsilon must be positive; got {self.epsilon}")
+        if not 0 < self.additive_error <= 1:
+            raise ValueError(f"additive_error must lie in (0, 1]; got {self.additive_error}")
+
+    def solve(
+        self, image_features: Tensor, text_features: Tensor, step: int = 0, previous: TransportPlan | None = None
+    ) -> TransportPlan:
+        """The plan of `(N, d)` unit-norm image and text features, row `i` of both being one pair.
+
+        Args:
+            image_features, text_features: detached and taken to float32.
+            step: optimizer step, kept with the plan.
+            previous: the last plan, for a warm start and for the drift.
+
+        Raises:
+            ValueError: features that are empty, of different shapes or not finite.
+            RuntimeError: the exact plan did not finish, or the potentials are not finite.
+        """
+        started = time.perf_counter()
+        with torch.no_grad(), torch.autocast(image_features.device.type, enabled=False):
+            images, texts = image_features.detach().float(), text_features.detach().float()
+            cost = CosineCost(images, texts)
+            diagnostics: dict[str, float] = {}
+            result = sinkhorn(
+                cost,
+                self.epsilon,
+                init=self._start(cost, texts, previous, diagnostics),
+                tol=self.tolerance,
+                max_iterations=self.max_iterations,
+            )
+            if not bool(torch.isfinite(result.f).all() & torch.isfinite(result.g).all()):
+                raise RuntimeError(f"Sinkhorn left the finite numbers at epsilon={self.epsilon}; try a larger one")
+            diagnostics |= {"iterations": result.iterations, "marginal_error": result.marginal_error}
+            diagnostics |= _shape_of(cost, result.f, result.g, self.epsilon)
+            if previous is not None and previous.image_features.shape[1] == images.shape[1]:
+                diagnostics["drift_image"] = _drift(previous.image_features, images, self.epsilon)
+                diagnostics["drift_text"] = _drift(previous.text_features, texts, self.epsilon)
+        diagnostics["seconds"] = time.perf_counter() - started
+        return TransportPlan(images, texts, result.f, result.g, self.epsilon, step, diagnostics)
+
+    def _start(
+        self, cost: CosineCost, texts: Tensor, previous: TransportPlan | None, diagnostics: dict[str, float]
+    ) -> tuple[Tensor, Tensor] | None:
+        candidates = []
+        if self.initial_plan in ("combinatorial", "emd"):
+            if self.initial_plan == "emd":
+                initial = exact_plan(cost)
+            else:
+                initial = combinatorial_plan(cost, self.additive_error, seed=self.seed)
+            diagnostics["additive_error"] = initial.additive_error
+            candidates.append(initial.g)
+        if self.initial_plan != "none" and previous is not None and previous.text_features.shape[1] == texts.shape[1]:
+            candidates.append(previous.text_potential(texts))
+        if not candidates:
+            return None
+        g = candidates[nearest_potentials(cost, candidates, self.epsilon)] if len(candidates) > 1 else candidates[0]
+        return torch.zeros_like(g), g
+
+
+def _shape_of(cost: CosineCost, f: Tensor, g: Tensor, epsilon: float) -> dict[str, float]:
+    """Objective `<σ, C>`, entropy `-Σ σ log σ` in nats, and the mass on own pairs `Σ_i σ_ii`, in `[0, 1]`."""
+    n, m = cost.shape
+    a, b = torch.full_like(f, 1 / n), torch.full_like(g, 1 / m)
+    objective = entropy = own = 0.0
+    for tile in tiles(cost):
+        plan = plan_rows(cost, tile, f, g, epsilon, a, b)
+        objective += float(plan.mul(cost.rows(tile)).sum(dtype=torch.float64))
+        entropy += float(torch.special.entr(plan).sum(dtype=torch.float64))
+        own += float(plan.diagonal(offset=tile.start).sum(dtype=torch.float64))
+    return {"objective": objective, "entropy": entropy, "own_pair_mass": own}
+
+
+def _drift(before: Tensor, after: Tensor, epsilon: float) -> float:
+    """`S_ε` between two windows of one modality, over evenly spaced points of each."""
+    before, after = (x[:: -(-len(x) // _DRIFT_SUPPORT)] for x in (before, after))
+    return float(sinkhorn_divergence(before, after, epsilon))
