@@ -1,0 +1,36 @@
+"""Fixtures for all tests: paired features with a modality gap, as a half-trained model has them."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Model hubs may be out of reach, and no test needs them.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def paired_features(n: int, d: int = 24, seed: int = 0, noise: float = 0.6) -> tuple[Tensor, Tensor]:
+    """`(n, d)` unit-norm image and text features that share a signal; text features lie off to one side."""
+    generator = torch.Generator().manual_seed(seed)
+    signal = torch.randn(n, d, generator=generator)
+    gap = 0.5 * torch.randn(1, d, generator=generator)
+    images = signal + noise * torch.randn(n, d, generator=generator)
+    texts = signal + noise * torch.randn(n, d, generator=generator) + gap
+    return F.normalize(images, dim=1), F.normalize(texts, dim=1)
+
+
+@pytest.fixture
+def features() -> tuple[Tensor, Tensor]:
+    return paired_features(96)
+
+
+def free_port() -> int:
+    """A TCP port of the loopback that nobody listened on a moment ago, for a process group."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

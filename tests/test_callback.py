@@ -1,0 +1,181 @@
+"""PlanCacheCallback: when plans are made and set, what is logged, and that nothing that fails ends training."""
+
+from __future__ import annotations
+
+import io
+import logging
+
+import pytest
+import torch
+from conftest import paired_features
+
+from openclip_otco import FeatureWindow, OTCOLoss, PlanCache, PlanCacheCallback, PlanSolver
+
+
+class Writer:
+    def __init__(self):
+        self.scalars = []
+
+    def add_scalar(self, tag, scalar_value, global_step):
+        self.scalars.append((tag, scalar_value, global_step))
+
+
+class FailingSolver(PlanSolver):
+    def solve(self, *args, **kwargs):
+        raise RuntimeError("no plan today")
+
+
+def make_callback(window=4, cache=2, solver=None, **settings) -> PlanCacheCallback:
+    loss = OTCOLoss(confidence=1.0)
+    return PlanCacheCallback(loss, FeatureWindow(window), PlanCache(cache), solver or PlanSolver(), **settings)
+
+
+def train(callback: PlanCacheCallback, steps: range, writer=None, batch: int = 16) -> None:
+    for step in steps:
+        v, t = paired_features(batch, seed=step)
+        losses = callback.loss(v, t, torch.tensor(10.0), output_dict=True)
+        features = {"image_features": v, "text_features": t}
+        callback.on_step_end(step=step, epoch=0, features=features, losses=losses, writer=writer)
+
+
+def test_a_plan_is_made_of_every_window():
+    callback = make_callback()
+    callback.on_train_start(step=0, total_steps=100)
+    train(callback, range(3))
+    assert len(callback.cache) == 0
+    train(callback, range(3, 13))
+    assert list(callback.cache) == [7, 11]
+    assert callback.made == 3
+    plan = callback.cache[7]
+    assert torch.equal(plan.image_features, torch.cat([paired_features(16, seed=step)[0] for step in range(4, 8)]))
+
+
+def test_plans_act_when_the_warmup_is_over():
+    callback = make_callback(warmup=0.1)
+    callback.on_train_start(step=0, total_steps=100)
+    train(callback, range(9))
+    assert callback.loss.newest is None
+    assert callback.loss.drawn == ()
+    train(callback, range(9, 10))
+    assert callback.loss.newest is callback.cache.newest
+    assert len(callback.loss.drawn) == 1
+
+
+def test_a_plan_that_fails_is_counted_and_the_last_good_one_stays(caplog):
+    callback = make_callback(warmup=0)
+    callback.on_train_start(step=0, total_steps=100)
+    train(callback, range(4))
+    good = callback.loss.newest
+    callback.solver = FailingSolver()
+    with caplog.at_level(logging.WARNING):
+        train(callback, range(4, 8))
+    assert callback.loss.newest is good
+    assert (callback.made, callback.skipped) == (1, 1)
+    assert "OTCO plan at step 7 skipped, going on with the last good one: no plan today" in caplog.text
+    callback.solver = PlanSolver()
+    train(callback, range(8, 12))
+    assert callback.loss.newest.step == 11
+
+
+def test_a_batch_of_nan_costs_its_pairs_only():
+    callback = make_callback(warmup=0)
+    callback.on_train_start(step=0, total_steps=100)
+    train(callback, range(3))
+    nan = torch.full((16, 24), float("nan"))
+    callback.loss(nan, nan, torch.tensor(10.0))
+    callback.on_step_end(step=3, epoch=0, features={"image_features": nan, "text_features": nan}, losses={})
+    assert len(callback.loss.newest) == 48
+    assert callback.window.dropped == 16
+
+
+def test_a_window_of_nan_skips_the_plan():
+    callback = make_callback(window=1)
+    callback.on_train_start(step=0, total_steps=10)
+    nan = torch.full((16, 24), float("nan"))
+    callback.on_step_end(step=0, epoch=0, features={"image_features": nan, "text_features": nan}, losses={})
+    assert callback.skipped == 1
+
+
+def test_every_plan_goes_to_the_writer_on_the_step_axis():
+    callback, writer = make_callback(), Writer()
+    callback.on_train_start(step=0, total_steps=100)
+    train(callback, range(8), writer)
+    tags = {tag for tag, _, _ in writer.scalars}
+    assert tags >= {
+        f"train/otco_{name}"
+        for name in (
+            "objective", "additive_error", "iterations", "marginal_error", "entropy", "own_pair_mass", "drift_image",
+            "drift_text", "seconds", "effective_share",
+        )
+    }  # fmt: skip
+    assert {step for _, _, step in writer.scalars} == {3, 7}
+    assert all(isinstance(value, float | int) for _, value, _ in writer.scalars)
+
+
+def test_the_log_line_comes_at_open_clips_pace(caplog):
+    callback = make_callback(log_every=8)
+    callback.on_train_start(step=0, total_steps=100)
+    with caplog.at_level(logging.INFO):
+        train(callback, range(16))
+        callback.on_train_end(step=16)
+    lines = [record.message for record in caplog.records]
+    assert [line.split(")")[0] for line in lines[:-1]] == [
+        "OTCO Plan: 1 (step 3, N 64",
+        "OTCO Plan: 3 (step 11, N 64",
+    ]
+    assert "Objective: 0." in lines[0]
+    assert "Own Pair Mass: " in lines[0]
+    assert lines[-1] == "OTCO Plans: 4 made, 0 skipped, 0 non-finite pairs dropped"
+
+
+def test_other_ranks_stay_silent(caplog):
+    callback, writer = make_callback(master=False), Writer()
+    callback.on_load_checkpoint(None)
+    callback.on_train_start(step=0, total_steps=100)
+    with caplog.at_level(logging.INFO):
+        train(callback, range(8), writer)
+        callback.on_train_end(step=8)
+    assert caplog.text == ""
+    assert writer.scalars == []
+    assert callback.made == 2
+
+
+def test_a_resumed_run_goes_on_as_one_that_was_not_stopped():
+    straight = make_callback(warmup=0)
+    straight.on_train_start(step=0, total_steps=40)
+    train(straight, range(14))
+    buffer = io.BytesIO()
+    torch.save(straight.on_save_checkpoint(), buffer)
+    buffer.seek(0)
+    train(straight, range(14, 22))
+
+    resumed = make_callback(warmup=0)
+    resumed.on_load_checkpoint(torch.load(buffer, weights_only=True))
+    resumed.on_train_start(step=14, total_steps=40)
+    assert resumed.loss.newest.step == 11
+    train(resumed, range(14, 22))
+    assert list(resumed.cache) == list(straight.cache)
+    for step in straight.cache:
+        assert torch.equal(resumed.cache[step].f, straight.cache[step].f)
+    assert [plan.step for plan in resumed.loss.drawn] == [plan.step for plan in straight.loss.drawn]
+    assert resumed.made == straight.made
+
+
+def test_a_plain_checkpoint_resumes_with_an_empty_cache_and_one_line(caplog):
+    callback = make_callback()
+    with caplog.at_level(logging.INFO):
+        callback.on_load_checkpoint(None)
+    assert [record.message for record in caplog.records] == [
+        "=> no OTCO state in the checkpoint, starting with an empty plan cache"
+    ]
+    callback.on_train_start(step=5, total_steps=10)
+    assert callback.loss.newest is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"), [({"plans_per_step": 0}, "plans_per_step"), ({"warmup": -0.1}, "warmup"),
+                             ({"warmup": 1.1}, "warmup")]
+)  # fmt: skip
+def test_settings_out_of_range_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        make_callback(**setting)

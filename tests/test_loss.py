@@ -1,0 +1,214 @@
+"""OTCOLoss against ClipLoss, and against its formula written out in float64."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import free_port, paired_features
+from open_clip.loss import ClipLoss
+from torch import Tensor
+
+from openclip_otco import OTCOLoss, PlanSolver, TransportPlan
+from openclip_otco.loss import Features
+
+SCALE = torch.tensor(14.2857)
+
+
+@pytest.fixture(scope="module")
+def plan() -> TransportPlan:
+    return PlanSolver(0.1).solve(*paired_features(128, seed=1))
+
+
+def gradients(loss, images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
+    v, t, scale = (x.clone().requires_grad_() for x in (images, texts, SCALE))
+    losses = loss(v, t, scale, output_dict=True)
+    total = sum(losses.values())
+    total.backward()
+    return total.detach(), v.grad, t.grad, scale.grad
+
+
+def info_nce(x: Tensor, y: Tensor, scale: float, weights: Tensor) -> Tensor:
+    logits = scale * x.double() @ y.double().T
+    per_pair = -(logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()) / 2
+    return (weights.double() * per_pair).mean()
+
+
+@pytest.mark.parametrize("cache_labels", [False, True])
+@pytest.mark.parametrize("with_plans", [False, True])
+def test_everything_off_is_clip_loss_to_the_bit(plan, cache_labels, with_plans):
+    loss = OTCOLoss(confidence=0, transport_weight=0, divergence_weight=0, cache_labels=cache_labels)
+    if with_plans:
+        loss.set_plans([plan], plan)
+    images, texts = paired_features(32, seed=2)
+    for ours, clip in zip(
+        gradients(loss, images, texts), gradients(ClipLoss(cache_labels=cache_labels), images, texts), strict=True
+    ):
+        assert torch.equal(ours, clip)
+    assert torch.equal(loss(images, texts, SCALE), ClipLoss()(images, texts, SCALE))
+
+
+def test_no_plan_yet_is_clip_loss_to_the_bit():
+    images, texts = paired_features(32, seed=2)
+    loss = OTCOLoss(confidence=2.0, transport_weight=1.0)
+    losses = loss(images, texts, SCALE, output_dict=True)
+    assert list(losses) == ["contrastive_loss"]
+    assert torch.equal(losses["contrastive_loss"], ClipLoss()(images, texts, SCALE))
+
+
+def test_logit_bias_acts_as_in_clip_loss():
+    images, texts = paired_features(32, seed=2)
+    bias = torch.tensor(-3.0)
+    assert torch.equal(OTCOLoss()(images, texts, SCALE, bias), ClipLoss()(images, texts, SCALE, bias))
+
+
+@pytest.mark.parametrize(("gamma", "transport", "count"), [(1.0, 0.0, 1), (0.0, 0.7, 1), (2.0, 0.5, 2)])
+def test_the_loss_is_its_formula(plan, gamma, transport, count):
+    other = PlanSolver(0.1).solve(*paired_features(96, seed=3), step=8)
+    drawn = [plan, other][:count]
+    images, texts = paired_features(32, seed=2)
+    texts = torch.cat([texts[:20], texts[20:].roll(1, 0)])
+    loss = OTCOLoss(confidence=gamma, transport_weight=transport)
+    loss.set_plans(drawn, newest=other)
+    losses = loss(images, texts, SCALE, output_dict=True)
+
+    weights = other.confidence(images, texts).double() ** gamma
+    weights = weights / weights.mean()
+    scale = float(SCALE)
+    expected = info_nce(images, texts, scale, weights)
+    torch.testing.assert_close(losses["contrastive_loss"].double(), expected, rtol=1e-4, atol=1e-6)
+    if transport:
+        terms = [
+            info_nce(p.transport_image(images, texts), texts, scale, weights)
+            + info_nce(images, p.transport_text(texts, images), scale, weights)
+            for p in drawn
+        ]
+        expected = transport / count * sum(terms)
+        torch.testing.assert_close(losses["transport_loss"].double(), expected, rtol=1e-4, atol=1e-6)
+    else:
+        assert list(losses) == ["contrastive_loss"]
+    assert torch.equal(loss(images, texts, SCALE), sum(losses.values()))
+
+
+def test_weights_have_mean_one_and_no_gradient(plan):
+    images, texts = paired_features(32, seed=2)
+    loss = OTCOLoss(confidence=1.5)
+    loss.set_plans([plan], plan)
+    weights = loss._weights(Features(images.requires_grad_(), texts.requires_grad_()))
+    assert weights.mean() == pytest.approx(1, rel=1e-5)
+    assert not weights.requires_grad
+    assert 0 < float(loss.effective_share) <= 1
+
+
+def test_wrong_captions_hardly_pull(plan):
+    images, texts = paired_features(64, seed=2)
+    wrong = torch.arange(64) >= 40
+    texts = torch.where(wrong[:, None], texts.roll(7, 0), texts)
+    loss = OTCOLoss(confidence=1.0)
+    loss.set_plans([plan], plan)
+    weights = loss._weights(Features(images, texts))
+    assert weights[~wrong].mean() > 5 * weights[wrong].mean()
+
+
+def test_divergence_is_added_with_its_weight():
+    images, texts = paired_features(32, seed=2)
+    loss = OTCOLoss(confidence=0, divergence_weight=0.5)
+    total, v_grad, *_ = gradients(loss, images, texts)
+    clip_total, clip_grad, *_ = gradients(ClipLoss(), images, texts)
+    assert total > clip_total
+    assert not torch.equal(v_grad, clip_grad)
+    losses = loss(images, texts, SCALE, output_dict=True)
+    assert set(losses) == {"contrastive_loss", "divergence_loss"}
+
+
+def test_a_nan_in_the_batch_is_left_to_the_training_loop(plan):
+    images, texts = paired_features(32, seed=2)
+    images[3] = float("nan")
+    loss = OTCOLoss(confidence=1.0, transport_weight=0.5)
+    loss.set_plans([plan], plan)
+    assert torch.isnan(loss(images, texts, SCALE))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_features_train(plan, dtype):
+    images, texts = (x.to(dtype).requires_grad_() for x in paired_features(32, seed=2))
+    loss = OTCOLoss(confidence=1.0, transport_weight=0.5, divergence_weight=0.1)
+    loss.set_plans([plan], plan)
+    with torch.autocast("cpu", dtype=dtype):
+        total = loss(images, texts, SCALE)
+    total.backward()
+    assert torch.isfinite(images.grad).all()
+    assert images.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["confidence", "transport_weight", "divergence_weight"])
+def test_negative_weights_are_refused(name):
+    with pytest.raises(ValueError, match=name):
+        OTCOLoss(**{name: -0.1})
+
+
+def _rank(rank: int, world: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=world, rank=rank)
+    everyone = paired_features(64, seed=2)
+    images, texts = (x.chunk(world)[rank] for x in everyone)
+    plan = PlanSolver(0.1).solve(*paired_features(128, seed=1))
+    out = {}
+    for local_loss, gather_with_grad in itertools.product([False, True], repeat=2):
+        settings = {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "rank": rank, "world_size": world}
+        with_plan = OTCOLoss(confidence=1.0, transport_weight=0.5, **settings)
+        with_plan.set_plans([plan], plan)
+        losses = {"clip": ClipLoss(**settings), "without": OTCOLoss(confidence=1.0, **settings), "with": with_plan}
+        for name, loss in losses.items():
+            out[f"{name}-{local_loss}-{gather_with_grad}"] = gradients(loss, images, texts)
+        assert all(torch.equal(x, y) for x, y in zip(with_plan.gathered, everyone, strict=True))
+    torch.save(out, folder / f"{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> list[dict[str, tuple[Tensor, ...]]]:
+    """What each of two gloo ranks got, by `loss-local_loss-gather_with_grad`."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(_rank, (2, free_port(), folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+SETTINGS = list(itertools.product([False, True], repeat=2))
+
+
+@pytest.mark.parametrize(("local_loss", "gather_with_grad"), SETTINGS)
+def test_two_ranks_without_plans_are_clip_loss_to_the_bit(two_ranks, local_loss, gather_with_grad):
+    for rank in two_ranks:
+        ours, clip = (rank[f"{name}-{local_loss}-{gather_with_grad}"] for name in ("without", "clip"))
+        assert all(torch.equal(x, y) for x, y in zip(ours, clip, strict=True))
+
+
+@pytest.mark.parametrize(("local_loss", "gather_with_grad"), SETTINGS)
+def test_two_ranks_with_plans_equal_one(two_ranks, plan, local_loss, gather_with_grad):
+    loss = OTCOLoss(confidence=1.0, transport_weight=0.5)
+    loss.set_plans([plan], plan)
+    total, *grads, _ = gradients(loss, *paired_features(64, seed=2))
+    ranks = [rank[f"with-{local_loss}-{gather_with_grad}"] for rank in two_ranks]
+    torch.testing.assert_close(torch.stack([rank[0] for rank in ranks]).mean(), total, rtol=1e-5, atol=0)
+    if local_loss and not gather_with_grad:
+        return  # OpenCLIP leaves out what the other ranks' rows would give: another gradient, by its own choice
+    # With gather_with_grad a feature's gradient is the sum over the ranks' losses, which DDP then averages.
+    share = 1 / 2 if gather_with_grad else 1
+    for index, expected in enumerate(grads, start=1):
+        spread = torch.cat([rank[index] for rank in ranks]) * share
+        torch.testing.assert_close(spread, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_the_docstring_example_runs(plan):
+    image_features, text_features = paired_features(8)
+    image_features.requires_grad_()
+    loss = OTCOLoss(confidence=1.0)
+    loss.set_plans([plan], newest=plan)
+    losses = loss(image_features, text_features, SCALE, output_dict=True)
+    sum(losses.values()).backward()
+    assert F.normalize(image_features.grad, dim=1).isfinite().all()
