@@ -1,0 +1,38 @@
+"""The command `openclip-otco`."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from openclip_otco.version import __version__
+
+# Each module has add_arguments(parser) and run(args) -> exit code; only that of the chosen command is imported, because
+# patching has to work without torch.
+COMMANDS = {
+    "patch": ("openclip_otco.patching", "give OpenCLIP's training script its plugin point, or take it away again"),
+    "scenes": ("openclip_otco.scenes.shards", "render pairs of a scene and its caption as webdataset shards"),
+    "compare": ("openclip_otco.study.compare", "train the same model with several losses and compare them"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command, by default the one on the command line, and returns its exit code (misuse exits with 2)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
+    parser = argparse.ArgumentParser(prog="openclip-otco", description="Tools beside the OpenCLIP plugin OTCO.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if name == chosen:
+            implementation = importlib.import_module(module)
+            implementation.add_arguments(command)
+            command.set_defaults(run=implementation.run)
+    args = parser.parse_args(arguments)
+    exit_code: int = args.run(args)
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

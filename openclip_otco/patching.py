@@ -1,0 +1,360 @@
+"""Gives the installed OpenCLIP training script its plugin point, and takes it away again.
+
+The patches are those of `openclip_otco.patches`, one for each supported version of open_clip_torch. A file is changed
+only if its git blob id is the one on the patch's index line, and what is written has the other id of that line: so a
+file is either OpenCLIP's own or the patched one to the byte, and nobody's changes are lost.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import stat
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from importlib import resources
+from pathlib import Path
+
+DISTRIBUTION = "open_clip_torch"
+PACKAGE = "open_clip_train"
+NO_FILE = "0" * 40
+
+_PATCH_NAME = re.compile(rf"{PACKAGE}-(.+)\.patch")
+_HEAD = re.compile(
+    rb"(?:(?:new|deleted) file mode 100644\n)?"
+    rb"index ([0-9a-f]{40})\.\.([0-9a-f]{40})(?: 100644)?\n"
+    rb"--- (.+)\n"
+    rb"\+\+\+ (.+)\n"
+)
+_HUNK = re.compile(rb"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@.*\n")
+
+
+class PatchError(Exception):
+    """Why nothing was changed, in one line for the user."""
+
+
+@dataclass(frozen=True)
+class Hunk:
+    """One change of a file. Lines keep their line ends; the context is in both `old` and `new`."""
+
+    old_start: int
+    old: tuple[bytes, ...]
+    new_start: int
+    new: tuple[bytes, ...]
+
+    def inverse(self) -> "Hunk":
+        return Hunk(self.new_start, self.new, self.old_start, self.old)
+
+
+@dataclass(frozen=True)
+class FilePatch:
+    """The changes of one file: `path` is relative to the folder that holds the package, ids are git blob ids."""
+
+    path: str
+    old_id: str
+    new_id: str
+    hunks: tuple[Hunk, ...]
+
+    def inverse(self) -> "FilePatch":
+        return FilePatch(self.path, self.new_id, self.old_id, tuple(hunk.inverse() for hunk in self.hunks))
+
+    def apply(self, data: bytes | None) -> bytes | None:
+        """Changes the content of the file; None stands for no file. Raises `PatchError` if this is not exact."""
+        if blob_id(data) != self.old_id:
+            raise PatchError(f"{self.path}: not the content that the patch is for")
+        result = None if self.new_id == NO_FILE else _apply_hunks(data or b"", self.hunks, self.path)
+        if blob_id(result) != self.new_id:
+            raise PatchError(f"{self.path}: the patch does not give the content that it promises")
+        return result
+
+
+class State(Enum):
+    """What an installation is, and each of its files (those are only the first two or `MODIFIED`)."""
+
+    UNPATCHED = "unpatched"
+    PATCHED = "patched"
+    PARTIAL = "partial"
+    MODIFIED = "modified"
+    UNSUPPORTED = "unsupported version"
+    NOT_INSTALLED = "not installed"
+
+
+@dataclass(frozen=True)
+class Status:
+    """`files` has the state of each file that the patch changes; it is empty if there is no patch."""
+
+    state: State
+    version: str | None
+    folder: Path | None
+    files: Mapping[str, State]
+
+
+def apply(target: Path | None = None, version: str | None = None, dry_run: bool = False) -> list[Path]:
+    """Patches OpenCLIP and returns the files that changed (with `dry_run`: would change), none if it is patched.
+
+    `target` is a folder that holds `open_clip_train`, by default where Python finds it; `version` is the version of
+    open_clip_torch, by default what its metadata say. Raises `PatchError` or `OSError`, and has changed nothing then.
+    """
+    return _bring_to(State.PATCHED, target, version, dry_run)
+
+
+def revert(target: Path | None = None, version: str | None = None, dry_run: bool = False) -> list[Path]:
+    """Restores OpenCLIP's own files. As `apply`."""
+    return _bring_to(State.UNPATCHED, target, version, dry_run)
+
+
+def status(target: Path | None = None, version: str | None = None) -> Status:
+    """Looks at an installation; the arguments are those of `apply`."""
+    folder = _find_folder(target)
+    version = version or _find_version(target)
+    if folder is None:
+        return Status(State.NOT_INSTALLED, version, folder, {})
+    if version is None or version not in supported_versions():
+        return Status(State.UNSUPPORTED, version, folder, {})
+    files = {patch.path: _file_state(folder, patch) for patch in load_patch(version)}
+    states = set(files.values())
+    mixture = State.MODIFIED if State.MODIFIED in states else State.PARTIAL
+    return Status(states.pop() if len(states) == 1 else mixture, version, folder, files)
+
+
+def supported_versions() -> list[str]:
+    """The versions of open_clip_torch that there is a patch for."""
+    names = (_PATCH_NAME.fullmatch(file.name) for file in resources.files("openclip_otco.patches").iterdir())
+    return sorted(name[1] for name in names if name)
+
+
+def load_patch(version: str) -> list[FilePatch]:
+    """The patch for one of the `supported_versions`."""
+    file = resources.files("openclip_otco.patches") / f"{PACKAGE}-{version}.patch"
+    return parse_patch(file.read_bytes())
+
+
+def parse_patch(text: bytes) -> list[FilePatch]:
+    """Reads the output of `git diff --full-index`: text files that are changed, created or deleted, nothing else.
+
+    Leading folders of the paths up to the package are dropped. Raises `PatchError` on anything that it does not know.
+    """
+    sections = re.split(rb"^diff --git .*\n", text, flags=re.MULTILINE)
+    if sections[0]:
+        raise PatchError("malformed patch: it does not begin with 'diff --git'")
+    return [_parse_file(section) for section in sections[1:]]
+
+
+def blob_id(data: bytes | None) -> str:
+    """The id that git gives to a file's content; `NO_FILE` for None."""
+    if data is None:
+        return NO_FILE
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `openclip-otco patch`."""
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--status", action="store_true", help="say if OpenCLIP is patched (exit code 0) or not (1)")
+    action.add_argument("--dry-run", action="store_true", help="name the files that would change")
+    action.add_argument("--revert", action="store_true", help="restore OpenCLIP's own files")
+    parser.add_argument("--target", type=Path, metavar="DIR", help=f"folder of {PACKAGE} (default: the installed one)")
+    parser.add_argument("--version", help=f"version of {DISTRIBUTION} (default: the installed one)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`openclip-otco patch`: returns the exit code."""
+    try:
+        before = status(args.target, args.version)
+        if args.status:
+            print(f"{before.state.value}: {DISTRIBUTION} {before.version or '?'} in {before.folder or '?'}")
+            return 0 if before.state is State.PATCHED else 1
+        changed = (revert if args.revert else apply)(args.target, args.version, dry_run=args.dry_run)
+    except (PatchError, OSError) as error:
+        print(f"openclip-otco patch: {error}", file=sys.stderr)
+        return 1
+    goal = "unpatched" if args.revert else "patched"
+    if not changed:
+        print(f"{DISTRIBUTION} {before.version} in {before.folder} is already {goal}")
+    else:
+        print(f"{DISTRIBUTION} {before.version} in {before.folder} {'would be' if args.dry_run else 'is now'} {goal}:")
+        print("\n".join(f"  {path}" for path in changed))
+    return 0
+
+
+def _bring_to(goal: State, target: Path | None, version: str | None, dry_run: bool) -> list[Path]:
+    current = status(target, version)
+    if current.folder is None:
+        where = f" in {target}" if target else f": pip install '{DISTRIBUTION}[training]'"
+        raise PatchError(f"{PACKAGE} is not installed{where}")
+    if current.version is None:
+        raise PatchError(f"{current.folder} does not say which version of {DISTRIBUTION} it holds: give --version")
+    if current.state is State.UNSUPPORTED:
+        known = ", ".join(supported_versions())
+        raise PatchError(f"there is no patch for {DISTRIBUTION} {current.version}, only for {known}")
+    if current.state is State.MODIFIED:
+        names = [str(current.folder / path) for path, state in current.files.items() if state is State.MODIFIED]
+        raise PatchError(
+            f"changed by someone else: {', '.join(names)}; undo that change, or delete what is named here and run "
+            f"pip install --force-reinstall --no-deps {DISTRIBUTION}=={current.version}"
+        )
+    contents: dict[Path, bytes | None] = {}
+    for patch in load_patch(current.version):
+        if current.files[patch.path] is not goal:
+            path = current.folder / patch.path
+            contents[path] = (patch if goal is State.PATCHED else patch.inverse()).apply(_read(path))
+    if contents and not dry_run:
+        try:
+            _replace_files(contents)
+        finally:
+            # All of them, because a run that was killed may have left some at files that needed no change now.
+            for name in current.files:
+                _new(current.folder / name).unlink(missing_ok=True)
+                _backup(current.folder / name).unlink(missing_ok=True)
+    return list(contents)
+
+
+def _find_folder(target: Path | None) -> Path | None:
+    if target is not None:
+        return target if (target / PACKAGE).is_dir() else None
+    # find_spec does not import a top-level package, and so not torch either.
+    spec = importlib.util.find_spec(PACKAGE)
+    return Path(spec.origin).parent.parent if spec and spec.origin else None
+
+
+def _find_version(target: Path | None) -> str | None:
+    path = sys.path if target is None else [str(target)]
+    found = importlib.metadata.distributions(name=DISTRIBUTION, path=path)
+    return next((distribution.version for distribution in found), None)
+
+
+def _file_state(folder: Path, patch: FilePatch) -> State:
+    states = {patch.old_id: State.UNPATCHED, patch.new_id: State.PATCHED}
+    return states.get(blob_id(_read(folder / patch.path)), State.MODIFIED)
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _replace_files(contents: Mapping[Path, bytes | None]) -> None:
+    """Writes or deletes (None) files. On any failure all of them are what they were.
+
+    All that needs space or permission comes first: new contents and backups are staged beside the files, so that only
+    renames are left to do, and to undo. A killed run leaves every single file whole, old or new. The caller deletes
+    what is left of the staged files.
+    """
+    for path, data in contents.items():
+        mode = _mode_for(path)
+        _stage(_new(path), data, mode)
+        _stage(_backup(path), _read(path), mode)
+    done: list[Path] = []
+    try:
+        for path in contents:
+            _move(_new(path), path)
+            done.append(path)
+    except BaseException:
+        for path in done:
+            _move(_backup(path), path)
+        raise
+
+
+def _new(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new")
+
+
+def _backup(path: Path) -> Path:
+    return path.with_name(f".{path.name}.backup")
+
+
+def _mode_for(path: Path) -> int:
+    # Whoever can read the package's other files has to be able to read a new one.
+    return stat.S_IMODE((path if path.exists() else path.with_name("__init__.py")).stat().st_mode)
+
+
+def _stage(path: Path, data: bytes | None, mode: int) -> None:
+    path.unlink(missing_ok=True)
+    if data is None:
+        return
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    path.chmod(mode)
+
+
+def _move(staged: Path, path: Path) -> None:
+    if staged.exists():
+        os.replace(staged, path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _apply_hunks(data: bytes, hunks: tuple[Hunk, ...], path: str) -> bytes:
+    lines = _split_lines(data)
+    result: list[bytes] = []
+    position = 0
+    for hunk in hunks:
+        # Where a hunk has no old lines, its number is that of the line before it.
+        start = hunk.old_start - 1 if hunk.old else hunk.old_start
+        end = start + len(hunk.old)
+        if start < position or tuple(lines[start:end]) != hunk.old:
+            raise PatchError(f"{path}: line {hunk.old_start} is not what the patch expects")
+        result += lines[position:start]
+        result += hunk.new
+        position = end
+    return b"".join(result + lines[position:])
+
+
+def _split_lines(data: bytes) -> list[bytes]:
+    # bytes.splitlines also splits at a lone carriage return, which diff does not.
+    lines = [line + b"\n" for line in data.split(b"\n")]
+    lines[-1] = lines[-1][:-1]
+    return lines if lines[-1] else lines[:-1]
+
+
+def _parse_file(section: bytes) -> FilePatch:
+    head, *hunks = re.split(rb"^(?=@@ )", section, flags=re.MULTILINE)
+    match = _HEAD.fullmatch(head)
+    if match is None:
+        raise PatchError(f"malformed patch: unknown file header {head!r}")
+    old_id, new_id, *names = (group.decode() for group in match.groups())
+    paths = {_package_path(name) for name in names if name != "/dev/null"}
+    if len(paths) != 1:
+        raise PatchError(f"malformed patch: a file named {' and '.join(names)}")
+    return FilePatch(paths.pop(), old_id, new_id, tuple(_parse_hunk(hunk) for hunk in hunks))
+
+
+def _package_path(name: str) -> str:
+    match = re.fullmatch(rf"[ab]/(?:.*/)?({PACKAGE}/.+)", name)
+    if match is None or ".." in name.split("/"):
+        raise PatchError(f"malformed patch: {name} is not in {PACKAGE}")
+    return match[1]
+
+
+def _parse_hunk(text: bytes) -> Hunk:
+    header, *body = _split_lines(text)
+    match = _HUNK.fullmatch(header)
+    if match is None:
+        raise PatchError(f"malformed patch: unknown hunk header {header!r}")
+    old_start, old_count, new_start, new_count = (1 if group is None else int(group) for group in match.groups())
+    old: list[bytes] = []
+    new: list[bytes] = []
+    sides: dict[bytes, list[list[bytes]]] = {b" ": [old, new], b"-": [old], b"+": [new]}
+    last: list[list[bytes]] = []
+    for line in body:
+        if line.startswith(b"\\ "):
+            # "No newline at end of file" is about the line above it.
+            for side in last:
+                side[-1] = side[-1].removesuffix(b"\n")
+        elif line[:1] in sides:
+            last = sides[line[:1]]
+            for side in last:
+                side.append(line[1:])
+        else:
+            raise PatchError(f"malformed patch: unknown line {line!r}")
+    if (len(old), len(new)) != (old_count, new_count):
+        raise PatchError(f"malformed patch: the hunk {header!r} does not have the lines that it announces")
+    return Hunk(old_start, tuple(old), new_start, tuple(new))
