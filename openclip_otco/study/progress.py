@@ -1,0 +1,99 @@
+"""Progress over all runs of a study, with the time left: a bar on a terminal, plain lines elsewhere."""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import TextIO
+
+from tqdm import tqdm
+
+from openclip_otco.study import log
+from openclip_otco.study.run import Run
+
+_PLAIN_SECONDS = 15
+_PLAIN = "{percentage:3.0f}% of {total_fmt} samples, {elapsed} gone, {remaining} left, {desc}{postfix}"
+
+
+class Progress:
+    """Counts training samples over `runs`; `watch` follows the output of the run that `start` named."""
+
+    def __init__(self, runs: Sequence[Run], stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._runs = {run.name: run for run in runs}
+        self._samples = {run.name: run.samples_per_epoch and run.samples_per_epoch * run.epochs for run in runs}
+        self._done = dict.fromkeys(self._runs, 0)
+        self._guess = max((samples for samples in self._samples.values() if samples), default=1)
+        self._name = ""
+        self._rsum: float | None = None
+        self._began = time.monotonic()
+        self._printed = self._began
+        self._bar: tqdm | None = None
+        if _is_terminal(self._stream):
+            # No smoothing: lines come in bursts, and validation between epochs is part of the time left.
+            self._bar = tqdm(
+                total=1, unit="sample", unit_scale=True, smoothing=0, dynamic_ncols=True, file=self._stream
+            )
+
+    def start(self, run: Run) -> None:
+        """The lines that follow come from `run`."""
+        self._name, self._rsum = run.name, None
+        self._show()
+
+    def watch(self, line: str) -> None:
+        """Follow a line of output of the present run."""
+        if (progress := log.train_line(line)) is not None:
+            # What OpenCLIP counts is exact (it drops or repeats part of a batch), and new where nothing told the size.
+            self._samples[self._name] = self._guess = progress.samples_per_epoch * self._runs[self._name].epochs
+            self._done[self._name] = progress.epoch * progress.samples_per_epoch + progress.samples
+        elif (rsum := log.eval_rsum(line)) is not None:
+            self._rsum = rsum
+        else:
+            return
+        self._show()
+
+    def end(self, say: str) -> None:
+        """The present run has ended, finished or failed: nothing more of it is to come."""
+        self._samples[self._name] = self._done[self._name]
+        self._show()
+        self.say(say)
+
+    def say(self, text: str) -> None:
+        """Print `text` without breaking the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _show(self) -> None:
+        total = sum(self._guess if samples is None else samples for samples in self._samples.values())
+        done = sum(self._done.values())
+        postfix = "" if self._rsum is None else f"rsum {self._rsum:.1f}"
+        if self._bar is not None:
+            self._bar.n, self._bar.total = done, total
+            self._bar.set_description_str(self._name, refresh=False)
+            self._bar.set_postfix_str(postfix, refresh=False)
+            self._bar.refresh()
+            return
+        now = time.monotonic()
+        if done and now - self._printed >= _PLAIN_SECONDS:
+            self._printed = now
+            meter = tqdm.format_meter(
+                done, total, now - self._began, prefix=self._name, postfix=postfix, unit_scale=True, bar_format=_PLAIN
+            )
+            print(meter, file=self._stream, flush=True)
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    if not stream.isatty():
+        return False
+    try:
+        # Containers and recorders often have a terminal of no size, on which a bar would be invisible.
+        return min(os.get_terminal_size(stream.fileno())) > 0
+    except OSError:
+        return True

@@ -1,0 +1,95 @@
+"""Results of runs: what a finished run leaves, and the file that holds a line for each."""
+
+import json
+import os
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from openclip_otco.study.log import rsum
+from openclip_otco.study.study import Flags, StudyError
+from openclip_otco.version import __version__
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: what was asked for, and what came out."""
+
+    run: str
+    data: str
+    loss: str
+    seed: int
+    flags: list[str]
+    scenes: Flags | None
+    epochs: list[dict[str, float]]  # OpenCLIP's validation metrics, recalls in 0 to 1
+    rsum_last: float  # 0 to 600
+    rsum_best: float
+    epoch_last: int  # counted from 1
+    epoch_best: int
+    seconds_per_step: float | None
+    seconds: float  # the whole run, start and validation included
+    device: str | None
+    versions: dict[str, str]
+
+    def curve(self) -> tuple[list[int], list[float]]:
+        """Epochs, and the validation rsum after each."""
+        return [int(metrics["epoch"]) for metrics in self.epochs], [rsum(metrics) for metrics in self.epochs]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a run's numbers."""
+    found = {"openclip-otco": __version__, "Python": platform.python_version()}
+    for package in ("open_clip_torch", "torch", "timm", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader, or a kill half-way, meets the old file or the new one."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def line(result: Result) -> str:
+    """`result` as a line of JSON, without the line's end."""
+    return json.dumps(asdict(result))
+
+
+def parse(text: str) -> Result:
+    """The result that `line` wrote.
+
+    Raises:
+        ValueError: not such a line.
+    """
+    try:
+        return Result(**json.loads(text))
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def write(path: Path, results: Iterable[Result]) -> None:
+    """Write a line of JSON per result."""
+    write_text(path, "".join(f"{line(result)}\n" for result in results))
+
+
+def read(path: Path) -> list[Result]:
+    """The results in `path`, empty if there is no such file.
+
+    Raises:
+        StudyError: a line that is no result.
+    """
+    if not path.is_file():
+        return []
+    results = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            results.append(parse(text))
+        except ValueError as error:
+            raise StudyError(f"{path}: line {number} is no result: {error}") from error
+    return results

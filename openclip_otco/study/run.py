@@ -1,0 +1,190 @@
+"""One run of OpenCLIP's training script: its command, its folder, and whether it is finished."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from openclip_otco.study import log, results, shards
+from openclip_otco.study.results import Result
+from openclip_otco.study.study import DataSetting, Flags, Loss, Study, arguments
+
+OPEN_CLIP: Sequence[str] = ("-m", "open_clip_train.main")
+TAIL_LINES = 15
+_SECONDS_TO_STOP = 10
+
+
+class RunFailed(RuntimeError):
+    """A run that ended without the results of its last epoch; `tail` is the end of its output."""
+
+    def __init__(self, reason: str, tail: Sequence[str]) -> None:
+        super().__init__(reason)
+        self.tail = tuple(tail)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A cell of the cross; `flags` stand for the output folder as `OUT/`, so that the folder may move."""
+
+    data: str
+    loss: str
+    seed: int
+    out: Path
+    flags: tuple[str, ...]
+    scenes: Flags | None
+    epochs: int
+    samples_per_epoch: int | None
+
+    @property
+    def name(self) -> str:
+        return run_name(self.data, self.loss, self.seed)
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's output, checkpoints and finished marker are."""
+        return self.out / "runs" / self.name
+
+    def command(self, trainer: Sequence[str] = OPEN_CLIP) -> list[str]:
+        """The command line of the run; `trainer` is what Python is told to run."""
+        return [sys.executable, *trainer, *(shards.in_folder(flag, self.out) for flag in self.flags)]
+
+    def finished(self) -> Result | None:
+        """The kept result, if the run was finished with exactly these flags on exactly these scenes."""
+        try:
+            result = results.parse((self.folder / "finished.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return result if result.flags == list(self.flags) and result.scenes == self.scenes else None
+
+    def execute(self, watch: Callable[[str], None], trainer: Sequence[str] = OPEN_CLIP) -> Result:
+        """Run afresh, handing each line of output to `watch`; the whole of it is kept in `output.log`.
+
+        An exception out of `watch`, KeyboardInterrupt included, stops the training and goes on up.
+
+        Raises:
+            RunFailed: the script failed, or left no results of the last epoch.
+        """
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        started = time.monotonic()
+        timer, device, tail = log.StepTimer(), None, deque[str](maxlen=TAIL_LINES)
+        with (
+            open(self.folder / "output.log", "w", encoding="utf-8", buffering=1) as output,
+            subprocess.Popen(
+                self.command(trainer),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                # Its own process group: Ctrl-C reaches this process alone, which then stops loader workers as well.
+                start_new_session=True,
+            ) as child,
+        ):
+            try:
+                assert child.stdout is not None
+                for line in child.stdout:
+                    output.write(line)
+                    tail.append(line.rstrip("\n"))
+                    if (progress := log.train_line(line)) is not None:
+                        timer.add(progress)
+                    device = device or log.device(line)
+                    watch(line)
+                code = child.wait()
+            except BaseException:
+                _stop(child)
+                raise
+        if code:
+            raise RunFailed(f"exit code {code}", tail)
+        result = self._result(tail, timer.seconds_per_step, time.monotonic() - started, device)
+        results.write_text(self.folder / "finished.json", results.line(result) + "\n")
+        return result
+
+    def _result(
+        self, tail: Sequence[str], seconds_per_step: float | None, seconds: float, device: str | None
+    ) -> Result:
+        try:
+            text = (self.folder / "checkpoints" / "results.jsonl").read_text(encoding="utf-8")
+            epochs = [json.loads(line) for line in text.splitlines()]
+            sums = {int(metrics["epoch"]): log.rsum(metrics) for metrics in epochs}
+        except (OSError, ValueError, KeyError) as error:
+            raise RunFailed(f"no retrieval results ({error!r}); is there validation data?", tail) from error
+        # The script ends with exit code 0 after some of its errors, so only the last epoch proves the end.
+        if self.epochs not in sums:
+            raise RunFailed(f"ended after epoch {max(sums, default=0)} of {self.epochs}", tail)
+        best = max(sums, key=lambda epoch: sums[epoch])
+        return Result(
+            run=self.name,
+            data=self.data,
+            loss=self.loss,
+            seed=self.seed,
+            flags=list(self.flags),
+            scenes=self.scenes,
+            epochs=epochs,
+            rsum_last=sums[self.epochs],
+            rsum_best=sums[best],
+            epoch_last=self.epochs,
+            epoch_best=best,
+            seconds_per_step=seconds_per_step,
+            seconds=seconds,
+            device=device,
+            versions=results.versions(),
+        )
+
+
+def run_name(data: str, loss: str, seed: int) -> str:
+    """Name of the run of a cell, also the name of its folder."""
+    return f"{data}--{loss}--s{seed}"
+
+
+def runs(study: Study, out: Path) -> list[Run]:
+    """The runs of `study`: losses side by side for a seed, so that early results compare."""
+    return [
+        _run(study, setting, loss, seed, out) for setting in study.data for seed in study.seeds for loss in study.losses
+    ]
+
+
+def _run(study: Study, setting: DataSetting, loss: Loss, seed: int, out: Path) -> Run:
+    # Checkpoints of every epoch would fill a disk over a cross; the last one is written all the same.
+    defaults: Flags = {"save-frequency": 0, "val-frequency": 1}
+    flags: Flags = {
+        **defaults,
+        **study.flags,
+        **shards.data_flags(setting, out),
+        **loss.selection,
+        **loss.flags,
+        "logs": f"{shards.OUT}/runs",
+        "name": run_name(setting.name, loss.name, seed),
+        "seed": seed,
+    }
+    epochs = flags["epochs"]
+    assert isinstance(epochs, int)
+    return Run(
+        data=setting.name,
+        loss=loss.name,
+        seed=seed,
+        out=out,
+        flags=tuple(arguments(flags)),
+        scenes=setting.scenes,
+        epochs=epochs,
+        samples_per_epoch=shards.samples_per_epoch(flags, out),
+    )
+
+
+def _stop(child: subprocess.Popen[str]) -> None:
+    """End the training and the processes it started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(child.pid, number)
+            child.wait(_SECONDS_TO_STOP)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue

@@ -1,0 +1,206 @@
+"""A study: the cross of losses, seeds and data settings that one TOML file describes."""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+FlagValue = bool | int | float | str | list[Any]
+Flags = dict[str, FlagValue]
+
+# Losses that OpenCLIP has without the patch, and the switches that ask for them there.
+BUILT_IN_LOSSES: Mapping[str, Flags] = {"clip": {}, "siglip": {"siglip": True}}
+
+# One of these in a study file would break the run's folder or its identity.
+RESERVED_FLAGS = frozenset({"logs", "name", "seed", "resume", "loss", "siglip"})
+
+# Single separators only, so that "--" keeps the parts of a run's name apart.
+_NAME = re.compile(r"[A-Za-z0-9]+([._-][A-Za-z0-9]+)*")
+_FLAG = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
+
+
+class StudyError(ValueError):
+    """A study that cannot be used; the message is one line that names the file and the key."""
+
+
+@dataclass(frozen=True)
+class DataSetting:
+    """What the runs train on: options of the `scenes` command, or flags that name any other data."""
+
+    name: str
+    scenes: Flags | None
+    flags: Flags
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A named loss: what `--loss` is given, and further flags."""
+
+    name: str
+    loss: str
+    flags: Flags
+
+    @property
+    def selection(self) -> Flags:
+        """The flags that choose this loss.
+
+        Built-in losses get OpenCLIP's own: unpatched OpenCLIP reads `--loss X` as `--loss-dist-impl X`.
+        """
+        return BUILT_IN_LOSSES.get(self.loss, {"loss": self.loss})
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file, checked; the first loss is the baseline of the others."""
+
+    source: str
+    name: str
+    note: str
+    seeds: tuple[int, ...]
+    flags: Flags
+    data: tuple[DataSetting, ...]
+    losses: tuple[Loss, ...]
+
+    @property
+    def needs_patch(self) -> bool:
+        """Whether a loss is asked for that unpatched OpenCLIP lacks."""
+        return any(loss.loss not in BUILT_IN_LOSSES for loss in self.losses)
+
+
+def arguments(flags: Mapping[str, FlagValue]) -> list[str]:
+    """Command line of `flags`: true is a switch, false leaves the flag out, a list is repeated values."""
+    words: list[str] = []
+    for key, value in flags.items():
+        if value is False:
+            continue
+        words.append(f"--{key}")
+        if isinstance(value, list):
+            words.extend(map(str, value))
+        elif value is not True:
+            words.append(str(value))
+    return words
+
+
+def shipped_studies() -> list[str]:
+    """Names of the studies that the package brings."""
+    configs = files("openclip_otco.configs").iterdir()
+    return sorted(entry.name.removesuffix(".toml") for entry in configs if entry.name.endswith(".toml"))
+
+
+def load(study: str) -> Study:
+    """Read the study file at the path `study`, or the shipped study of that name.
+
+    Raises:
+        StudyError: no such study, not TOML, or a key that is missing, unknown or of the wrong kind.
+    """
+    path = Path(study)
+    if path.is_file():
+        content = path.read_bytes()
+    elif study in shipped_studies():
+        content = files("openclip_otco.configs").joinpath(f"{study}.toml").read_bytes()
+    else:
+        raise StudyError(f"{study}: no such file, nor a shipped study ({', '.join(shipped_studies())})")
+    try:
+        document = tomllib.loads(content.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise StudyError(f"{study}: not TOML: {error}") from error
+    return _Reader(study).study(document)
+
+
+class _Reader:
+    """Turns a TOML document into a study; every complaint names the file and the key."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def study(self, document: dict[str, Any]) -> Study:
+        self.no_others(document, "", {"study", "flags", "data", "loss"})
+        head = self.table(document, "study")
+        self.no_others(head, "study.", {"name", "note", "seeds"})
+        seeds = head.get("seeds", [0])
+        if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+            raise self.error("study.seeds", "must be a list of whole numbers, 0 or more")
+        if len(set(seeds)) < len(seeds):
+            raise self.error("study.seeds", "names a seed twice")
+        name = self.text(head, "study.", "name")
+        self.plain_name("study.name", name)
+        study = Study(
+            source=self.source,
+            name=name,
+            note=self.text(head, "study.", "note") if "note" in head else "",
+            seeds=tuple(seeds),
+            flags=self.flags(self.table(document, "flags") if "flags" in document else {}, "flags."),
+            data=tuple(self.data(key, table) for key, table in self.named_tables(document, "data")),
+            losses=tuple(self.loss(key, table) for key, table in self.named_tables(document, "loss")),
+        )
+        for setting in study.data:
+            for loss in study.losses:
+                epochs = {**study.flags, **setting.flags, **loss.flags}.get("epochs")
+                if type(epochs) is not int or epochs < 1:
+                    raise self.error("flags.epochs", "must be given, a whole number of 1 or more")
+        return study
+
+    def data(self, name: str, table: dict[str, Any]) -> DataSetting:
+        where = f"data.{name}."
+        scenes = None
+        if "scenes" in table:
+            scenes = self.flags(self.table(table, "scenes", where), f"{where}scenes.", reserved=frozenset())
+        flags = self.flags({key: value for key, value in table.items() if key != "scenes"}, where)
+        if scenes is None and "train-data" not in flags:
+            raise self.error(f"data.{name}", "needs scenes or train-data")
+        if scenes is not None and (both := {"train-data", "val-data"} & flags.keys()):
+            raise self.error(f"{where}{min(both)}", "cannot be given together with scenes")
+        return DataSetting(name, scenes, flags)
+
+    def loss(self, name: str, table: dict[str, Any]) -> Loss:
+        where = f"loss.{name}."
+        loss = self.text(table, where, "loss")
+        return Loss(name, loss, self.flags({key: value for key, value in table.items() if key != "loss"}, where))
+
+    def named_tables(self, document: dict[str, Any], key: str) -> list[tuple[str, dict[str, Any]]]:
+        tables = self.table(document, key)
+        if not tables:
+            raise self.error(key, f"needs at least one table [{key}.NAME]")
+        for name in tables:
+            self.plain_name(f"{key}.{name}", name)
+        return [(name, self.table(tables, name, f"{key}.")) for name in tables]
+
+    def flags(self, table: dict[str, Any], where: str, reserved: frozenset[str] = RESERVED_FLAGS) -> Flags:
+        for key, value in table.items():
+            if not _FLAG.fullmatch(key):
+                raise self.error(where + key, "is no flag name (lower case, no leading dashes)")
+            if key in reserved:
+                raise self.error(where + key, "is unknown here: `compare` sets this flag itself")
+            values = value if isinstance(value, list) else [value]
+            # A flag with no values, or a nested list or table, has no command line.
+            if not values or not all(isinstance(item, bool | int | float | str) for item in values):
+                raise self.error(where + key, "must be a number, a string, true, false or a list of those")
+        return dict(table)
+
+    def table(self, table: dict[str, Any], key: str, where: str = "") -> dict[str, Any]:
+        if key not in table:
+            raise self.error(where + key, f"is missing (a table [{where}{key}])")
+        if not isinstance(table[key], dict):
+            raise self.error(where + key, "must be a table")
+        return table[key]
+
+    def text(self, table: dict[str, Any], where: str, key: str) -> str:
+        if key not in table:
+            raise self.error(where + key, "is missing")
+        if not isinstance(table[key], str) or not table[key]:
+            raise self.error(where + key, "must be a string")
+        return table[key]
+
+    def plain_name(self, key: str, name: str) -> None:
+        if not _NAME.fullmatch(name):
+            raise self.error(key, "needs a name of letters and digits, parted by single `.`, `_` or `-`")
+
+    def no_others(self, table: dict[str, Any], where: str, known: set[str]) -> None:
+        if unknown := sorted(table.keys() - known):
+            raise self.error(where + unknown[0], f"is unknown (known: {', '.join(sorted(known))})")
+
+    def error(self, key: str, complaint: str) -> StudyError:
+        return StudyError(f"{self.source}: {key} {complaint}")

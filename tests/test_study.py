@@ -1,0 +1,650 @@
+"""`compare`: studies, runs that resume, results, tables and figures; OpenCLIP itself is played by a script."""
+
+import argparse
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from webdataset.shardlists import expand_urls
+
+from openclip_otco.study import compare, log, progress, results, shards, table
+from openclip_otco.study.run import RunFailed, runs
+from openclip_otco.study.study import StudyError, load
+
+# Logs and writes as open_clip_train.main does; the environment tells it to fail or to hang in certain runs.
+FAKE_TRAINER = """
+import argparse, json, os, sys, time
+from pathlib import Path
+
+parser = argparse.ArgumentParser()
+for flag in ("--logs", "--name", "--seed", "--epochs", "--loss"):
+    parser.add_argument(flag)
+args, rest = parser.parse_known_args()
+folder = Path(args.logs) / args.name
+with open(Path(args.logs) / "calls.txt", "a") as calls:
+    print(args.name, file=calls)
+if (folder / "out.log").exists():
+    print("Error. Experiment already exists. Use --name {} to specify a new experiment.")
+    sys.exit(0)
+(folder / "checkpoints").mkdir(parents=True)
+(folder / "out.log").touch()
+print("2026-01-01,00:00:00 | INFO | Running with a single process. Device cpu.", file=sys.stderr)
+for epoch in range(int(args.epochs)):
+    for step in (1, 6, 10):
+        samples = f"[{128 * step:>4}/1280 ({10 * step}%)]"
+        print(f"2026-01-01,00:00:00 | INFO | Train Epoch: {epoch} {samples} Data (t): 0.093 "
+              f"Batch (t): {0.9 if epoch == 0 and step == 1 else 0.1 * step:.3f}, 276.3/s, 276.3/s/gpu "
+              "LR: 0.001000 Logit Scale: 14.2 Contrastive_loss: 4.8500 (4.8500) Loss: 4.8500 (4.8500)",
+              file=sys.stderr, flush=True)
+    if args.name in os.environ.get("FAKE_HANG", "").split():
+        (folder / "pid").write_text(str(os.getpid()))
+        time.sleep(60)
+    if args.name in os.environ.get("FAKE_FAIL", "").split():
+        for line in range(30):
+            print(f"trace {line}", file=sys.stderr)
+        sys.exit(3)
+    if args.name in os.environ.get("FAKE_CUT", "").split():
+        sys.exit(0)
+    base = 0.2 + 0.03 * int(args.seed) ** 2 + 0.05 * (args.loss == "otco") * (1 + int(args.seed))
+    quality = base + 0.1 * epoch - (0.08 * epoch**2 if args.loss != "otco" else 0)
+    metrics = {f"{way}_R@{k}": quality + 0.01 * k + 0.02 * (way == "text_to_image")
+               for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+    metrics |= {"image_to_text_mean_rank": 7.0, "clip_val_loss": 3.2, "epoch": epoch + 1, "num_samples": 500}
+    print(f"2026-01-01,00:00:00 | INFO | Eval Epoch: {epoch + 1} "
+          + "\\t".join(f"{k}: {round(v, 4):.4f}" for k, v in metrics.items()), file=sys.stderr, flush=True)
+    with open(folder / "checkpoints" / "results.jsonl", "a+") as file:
+        file.write(json.dumps(metrics) + "\\n")
+"""
+
+STUDY = """
+[study]
+name = "small"
+note = "A note."
+seeds = [0, 1, 2]
+
+[flags]
+model = "any"
+epochs = 3
+aug-cfg = ["a=1", "b=2"]
+grad-checkpointing = true
+torchcompile = false
+
+[data.clean]
+train-data = "train.csv"
+
+[loss.clip]
+loss = "clip"
+
+[loss.otco]
+loss = "otco"
+otco-confidence = 1.0
+"""
+
+ONE_SEED = STUDY.replace("[0, 1, 2]", "[0]")
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    (tmp_path / "trainer.py").write_text(FAKE_TRAINER)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def arguments(*words):
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def run(text, *words):
+    Path("study.toml").write_text(text)
+    return compare.run(arguments("study.toml", *words), trainer=("trainer.py",))
+
+
+def calls():
+    return Path("runs/small/runs/calls.txt").read_text().split()
+
+
+def finished(name):
+    return Path("runs/small/runs") / name / "finished.json"
+
+
+def expected_recalls(loss, seed, epoch):
+    """The fake trainer's recalls after an epoch counted from 0: three image to text, three text to image."""
+    base = 0.2 + 0.03 * seed**2 + (0.05 * (1 + seed) if loss == "otco" else 0)
+    quality = base + 0.1 * epoch - (0 if loss == "otco" else 0.08 * epoch**2)
+    return np.array([quality + 0.01 * k + way for way in (0, 0.02) for k in (1, 5, 10)])
+
+
+# --- the cross ---------------------------------------------------------------------------------------------------
+
+
+def test_whole_study(home, capsys):
+    assert run(STUDY) == 0
+    out, err = capsys.readouterr()
+    assert calls() == [f"clean--{loss}--s{seed}" for seed in range(3) for loss in ("clip", "otco")]
+    kept = results.read(home / "runs/small/results.jsonl")
+    assert [result.run for result in kept] == calls()
+    for result in kept:
+        sums = [100 * expected_recalls(result.loss, result.seed, epoch).sum() for epoch in range(3)]
+        assert result.rsum_last == pytest.approx(sums[2])
+        assert result.rsum_best == pytest.approx(max(sums))
+        assert result.epoch_best == 1 + int(np.argmax(sums))
+        assert result.device == "cpu"
+        assert {"openclip-otco", "torch", "open_clip_torch", "Python"} <= result.versions.keys()
+        # 5 steps of 0.6 s and 4 of 1 s in each of 3 epochs, and the first step of the last 2 epochs at 0.1 s.
+        assert result.seconds_per_step == pytest.approx((3 * (5 * 0.6 + 4 * 1.0) + 2 * 0.1) / 29)
+        assert str(home) not in json.dumps(result.flags)
+    assert "clean--otco--s1: rsum" in err
+    written = [home / "runs/small" / name for name in ("table.md", "rsum.png", "rsum.svg")]
+    assert out.splitlines()[-3:] == [str(path.relative_to(home)) for path in written]
+    page = written[0].read_text()
+    assert out.startswith(page)
+    assert str(home) not in page
+    assert "A note." in page
+    assert "`openclip-otco compare study.toml`" in page
+    assert written[1].read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in written[2].read_text()
+    assert str(home) not in written[2].read_text()
+
+
+def test_command_line(home):
+    Path("study.toml").write_text(STUDY)
+    clip, otco = runs(load("study.toml"), Path("there"))[:2]
+    command = otco.command()
+    assert command[:3] == [sys.executable, "-m", "open_clip_train.main"]
+    assert " ".join(command[3:]) == (
+        "--save-frequency 0 --val-frequency 1 --model any --epochs 3 --aug-cfg a=1 b=2 --grad-checkpointing "
+        "--train-data train.csv --loss otco --otco-confidence 1.0 --logs there/runs --name clean--otco--s0 --seed 0"
+    )
+    # Unpatched OpenCLIP has to be able to train the baseline.
+    assert "--loss" not in clip.command()
+
+
+def test_siglip_is_a_switch(home):
+    Path("study.toml").write_text(ONE_SEED.replace('loss = "clip"', 'loss = "siglip"'))
+    command = runs(load("study.toml"), Path("there"))[0].command()
+    assert "--siglip" in command
+    assert "--loss" not in command
+
+
+def test_dry_run_runs_nothing(home, capsys):
+    assert run(ONE_SEED, "--dry-run") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert not Path("runs").exists()
+
+
+# --- resuming ----------------------------------------------------------------------------------------------------
+
+
+def test_finished_runs_are_kept(home):
+    assert run(ONE_SEED) == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("runs/small/runs").rglob("finished.json")}
+    assert len(before) == 2
+    assert run(ONE_SEED) == 0
+    assert len(calls()) == 2
+    assert run(ONE_SEED.replace("[0]", "[0, 1]")) == 0
+    assert calls()[2:] == ["clean--clip--s1", "clean--otco--s1"]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_finished_runs_are_kept_in_another_place(home):
+    assert run(ONE_SEED) == 0
+    Path("runs/small").rename("moved")
+    assert run(ONE_SEED, "--out", "moved") == 0
+    assert len(Path("moved/runs/calls.txt").read_text().split()) == 2
+
+
+def test_changed_flags_run_again(home):
+    assert run(ONE_SEED) == 0
+    assert run(ONE_SEED.replace("otco-confidence = 1.0", "otco-confidence = 2.0")) == 0
+    assert calls()[2:] == ["clean--otco--s0"]
+    kept = results.read(Path("runs/small/results.jsonl"))
+    assert [result.flags.count("2.0") for result in kept] == [0, 1]
+
+
+def test_unfinished_and_damaged_runs_start_afresh(home):
+    assert run(ONE_SEED) == 0
+    finished("clean--clip--s0").unlink()
+    finished("clean--otco--s0").write_text('{"run": "cle')
+    assert run(ONE_SEED) == 0
+    assert len(calls()) == 4
+    assert len(results.read(Path("runs/small/results.jsonl"))[0].epochs) == 3
+
+
+def test_failing_run_is_reported_and_others_go_on(home, monkeypatch, capsys):
+    monkeypatch.setenv("FAKE_FAIL", "clean--otco--s0")
+    assert run(STUDY) == 1
+    out, err = capsys.readouterr()
+    assert len(calls()) == 6
+    assert len(results.read(Path("runs/small/results.jsonl"))) == 5
+    assert "clean--otco--s0 failed: exit code 3" in err
+    assert re.findall(r"trace (\d+)", err) == [str(number) for number in range(15, 30)]
+    assert "1 of the study's runs are missing" in out
+    assert not finished("clean--otco--s0").exists()
+    assert "trace 0" in Path("runs/small/runs/clean--otco--s0/output.log").read_text()
+
+    monkeypatch.delenv("FAKE_FAIL")
+    assert run(STUDY) == 0
+    assert calls()[6:] == ["clean--otco--s0"]
+    assert "missing" not in capsys.readouterr().out
+
+
+def test_exit_code_0_without_the_last_epoch_is_a_failure(home, monkeypatch):
+    monkeypatch.setenv("FAKE_CUT", "clean--clip--s0")
+    Path("study.toml").write_text(ONE_SEED)
+    with pytest.raises(RunFailed, match="no retrieval results"):
+        runs(load("study.toml"), Path("out"))[0].execute(lambda line: None, ("trainer.py",))
+    assert run(ONE_SEED) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_kill_leaves_a_state_that_resumes(home, number):
+    Path("study.toml").write_text(ONE_SEED)
+    script = textwrap.dedent("""
+        import argparse, sys
+        from openclip_otco.study import compare
+        parser = argparse.ArgumentParser()
+        compare.add_arguments(parser)
+        sys.exit(compare.run(parser.parse_args(["study.toml"]), trainer=("trainer.py",)))
+    """)
+    pid = Path("runs/small/runs/clean--otco--s0/pid")
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        env={**os.environ, "FAKE_HANG": "clean--otco--s0"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 30
+        while not (pid.is_file() and pid.read_text()) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert finished("clean--clip--s0").exists()
+    assert not finished("clean--otco--s0").exists()
+    assert len(results.read(Path("runs/small/results.jsonl"))) == 1
+    assert run(ONE_SEED) == 0
+    assert calls() == ["clean--clip--s0", "clean--otco--s0", "clean--otco--s0"]
+
+
+def test_table_only(home, capsys):
+    assert run(STUDY, "--table-only") == 2
+    assert "no results" in capsys.readouterr().err
+    assert run(STUDY) == 0
+    page = Path("runs/small/table.md")
+    text = page.read_text()
+    page.unlink()
+    assert run(STUDY, "--table-only") == 0
+    assert page.read_text() == text
+    assert len(calls()) == 6
+
+
+# --- table and figure --------------------------------------------------------------------------------------------
+
+
+def cells(page, data, loss):
+    """Cells of the rows of a loss: one in the table of values, one more against the baseline."""
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in page.splitlines() if row.startswith("|")]
+    return [row[2:] for row in rows if row[:2] == [data, loss]]
+
+
+def with_interval(values, form=".1f"):
+    low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+    return f"{np.mean(values):{form}} ± {(high - low) / 2:{form.lstrip('+')}}"
+
+
+def test_table_against_numpy_and_scipy(home):
+    assert run(STUDY) == 0
+    page = Path("runs/small/table.md").read_text()
+    curves = {
+        loss: np.array([[expected_recalls(loss, seed, epoch) for epoch in range(3)] for seed in range(3)]) * 100
+        for loss in ("clip", "otco")
+    }
+    sums = {loss: curve.sum(axis=2) for loss, curve in curves.items()}
+    for loss, best in (("clip", "epoch 2"), ("otco", "epoch 3")):
+        row = cells(page, "clean", loss)[0]
+        assert row[0] == "3"
+        assert row[1:7] == [with_interval(curves[loss][:, -1, recall]) for recall in range(6)]
+        assert row[7] == with_interval(sums[loss][:, -1])
+        assert row[8] == f"{with_interval(sums[loss].max(axis=1))} ({best})"
+        assert row[9] == "0.731 ± 0.000"
+    ratio, last, best = cells(page, "clean", "otco")[1]
+    assert ratio == f"{sums['otco'][:, -1].mean() / sums['clip'][:, -1].mean():.3f}"
+    assert last == with_interval(sums["otco"][:, -1] - sums["clip"][:, -1], "+.1f")
+    assert best == with_interval(sums["otco"].max(axis=1) - sums["clip"].max(axis=1), "+.1f")
+    assert len(cells(page, "clean", "clip")) == 1
+
+
+def test_one_seed_has_no_interval(home):
+    assert run(ONE_SEED) == 0
+    page = Path("runs/small/table.md").read_text()
+    assert "±" not in page
+    assert "One seed" in page
+
+
+def test_pairs_need_the_same_seed(home, monkeypatch):
+    monkeypatch.setenv("FAKE_FAIL", "clean--clip--s1 clean--otco--s2")
+    assert run(STUDY) == 1
+    against = cells(Path("runs/small/table.md").read_text(), "clean", "otco")[1]
+    difference = 100 * (expected_recalls("otco", 0, 2) - expected_recalls("clip", 0, 2)).sum()
+    assert against[1] == f"{difference:+.1f}"
+
+
+def test_baseline_that_failed(home, monkeypatch):
+    monkeypatch.setenv("FAKE_FAIL", "clean--clip--s0")
+    assert run(ONE_SEED) == 1
+    page = Path("runs/small/table.md").read_text()
+    assert len(cells(page, "clean", "otco")) == 1
+    assert Path("runs/small/rsum.png").exists()
+
+
+def test_interval():
+    assert table.interval([5.0]) == (5.0, None)
+    mean, half = table.interval([1.0, 3.0])
+    assert (mean, half) == (2.0, pytest.approx(12.706, abs=1e-3))
+
+
+def test_the_same_results_give_the_same_svg(home):
+    assert run(ONE_SEED) == 0
+    first = Path("runs/small/rsum.svg").read_bytes()
+    assert run(ONE_SEED, "--table-only") == 0
+    assert Path("runs/small/rsum.svg").read_bytes() == first
+
+
+# --- log lines ---------------------------------------------------------------------------------------------------
+
+HEAD = "2026-03-01,10:20:30 | INFO | "
+TAIL = "LR: 0.000500 Logit Scale: 14.2 Contrastive_loss: 4.85 (4.85) Loss: 4.85 (4.85)"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            f"{HEAD}Train Epoch: 0 [ 512/5120 (10%)] Data (t): 0.093 Batch (t): 0.463, 276.3/s, 276.3/s/gpu {TAIL}",
+            log.TrainLine(0, 512, 5120, 0.463),
+        ),
+        (
+            f"{HEAD}Train Epoch: 11 [5120/5120 (100%)] Data (t): 0.001 Batch (t): 12.004, 10.66/s, 10.66/s/gpu {TAIL}",
+            log.TrainLine(11, 5120, 5120, 12.004),
+        ),
+        # Accumulation of 4 batches of 128 that do not divide the epoch.
+        (
+            f"{HEAD}Train Epoch: 2 [ 4608/5000 (100%)] Data (t): 0.010 Batch (t): 1.852, 276.4/s, 276.4/s/gpu {TAIL}",
+            log.TrainLine(2, 4608, 5000, 1.852),
+        ),
+        (f"{HEAD}Eval Epoch: 1 [128 / 1000]\tClip Loss: 4.851234\t", None),
+        (f"{HEAD}Start epoch 3", None),
+        ("", None),
+    ],
+)
+def test_train_line(line, expected):
+    assert log.train_line(line) == expected
+
+
+def test_eval_line():
+    line = (
+        f"{HEAD}Eval Epoch: 1 image_to_text_mean_rank: 51.2000\timage_to_text_median_rank: 20.0000\t"
+        "image_to_text_R@1: 0.1000\timage_to_text_R@5: 0.2500\timage_to_text_R@10: 0.3600\t"
+        "text_to_image_mean_rank: 50.1000\ttext_to_image_median_rank: 19.0000\ttext_to_image_R@1: 0.1100\t"
+        "text_to_image_R@5: 0.2600\ttext_to_image_R@10: 0.3700\tclip_val_loss: 3.1000\tepoch: 1.0000\t"
+    )
+    assert log.eval_rsum(line) == pytest.approx(145.0)
+    assert log.eval_rsum(line.replace("text_to_image_R@5", "other")) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "device"),
+    [
+        ("Running with a single process. Device cuda:0.", "cuda:0"),
+        (
+            "Running in distributed mode with multiple processes. Device: cpu.Process (global: 0, local 0), total 2.",
+            "cpu",
+        ),
+        ("Running late", None),
+    ],
+)
+def test_device(line, device):
+    assert log.device(HEAD + line) == device
+
+
+def test_timer_of_a_run_that_logs_once():
+    timer = log.StepTimer()
+    timer.add(log.TrainLine(0, 128, 128, 0.9))
+    assert timer.seconds_per_step is None
+
+
+# --- progress ----------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "plain"])
+def test_progress_shows_run_share_time_left_and_rsum(home, monkeypatch, stream):
+    monkeypatch.setattr(progress, "_PLAIN_SECONDS", 0)
+    Path("study.toml").write_text(ONE_SEED)
+    first, second = runs(load("study.toml"), Path("out"))
+    shown = progress.Progress([first, second], stream)
+    shown.start(first)
+    shown.watch(f"{HEAD}Train Epoch: 2 [1280/1280 (100%)] Data (t): 0.1 Batch (t): 0.5, 1/s, 1/s/gpu {TAIL}")
+    recalls = "\t".join(f"{recall}: 0.5000" for recall in log.RECALLS)
+    shown.watch(f"{HEAD}Eval Epoch: 3 {recalls}")
+    text = stream.getvalue()
+    # The second run's size is unknown and taken for that of the first: 3 of 6 epochs are done.
+    assert "50%" in text
+    assert "7.68k" in text
+    assert "rsum 300.0" in text
+    assert "clean--clip--s0" in text
+    assert re.search(r"\d\d:\d\d left|<\d\d:\d\d", text)
+    shown.end("the first is done")
+    shown.start(second)
+    shown.close()
+    assert "the first is done" in stream.getvalue()
+
+
+def test_plain_progress_is_rare(home):
+    Path("study.toml").write_text(ONE_SEED)
+    stream = io.StringIO()
+    cross = runs(load("study.toml"), Path("out"))
+    shown = progress.Progress(cross, stream)
+    shown.start(cross[0])
+    for samples in range(128, 1281, 128):
+        shown.watch(f"{HEAD}Train Epoch: 0 [{samples}/1280 (10%)] Data (t): 0.1 Batch (t): 0.5, 1/s, 1/s/gpu {TAIL}")
+    assert stream.getvalue() == ""
+
+
+# --- shards ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{number:04d}.tar" for number in range(8)],
+        [f"{number:03d}.tar" for number in range(95, 105)],
+        ["0000.tar"],
+        ["0000.tar", "0002.tar"],
+        ["8.tar", "9.tar", "10.tar"],
+        ["a.tar", "b.tar"],
+    ],
+)
+def test_pattern_expands_to_the_shards(names):
+    pattern = shards.pattern("some/folder", names)
+    # OpenCLIP splits at `::` as webdataset does.
+    assert sorted(expand_urls(pattern)) == sorted(f"some/folder/{name}" for name in names)
+
+
+def test_pattern_of_a_range_is_short():
+    assert shards.pattern("d", [f"{number:04d}.tar" for number in range(8)]) == "d/{0000..0007}.tar"
+
+
+SCENES_STUDY = ONE_SEED.replace('train-data = "train.csv"', "scenes = {mismatch = 0.4, seed = 0}")
+FAKE_SCENES = """
+import json, sys
+from pathlib import Path
+
+with open("scenes-calls.txt", "a") as calls:
+    print(*sys.argv[2:], file=calls)
+for split, count in (("train", 3), ("val", 1)):
+    folder = Path(sys.argv[1]) / split
+    folder.mkdir(parents=True)
+    for number in range(count):
+        (folder / f"{number:04d}.tar").touch()
+    (folder / "sizes.json").write_text(json.dumps({f"{number:04d}.tar": 400 for number in range(count)}))
+"""
+
+
+@pytest.fixture
+def scenes(home, monkeypatch):
+    Path("scenes.py").write_text(FAKE_SCENES)
+
+    def command(setting, folder):
+        return [sys.executable, "scenes.py", str(folder), *map(str, setting.scenes.values())]
+
+    monkeypatch.setattr(shards, "scenes_command", command)
+    return Path("scenes-calls.txt")
+
+
+def test_scenes_are_made_once(scenes):
+    assert run(SCENES_STUDY) == 0
+    assert run(SCENES_STUDY) == 0
+    assert scenes.read_text().splitlines() == ["0.4 0"]
+    assert len(calls()) == 2
+    Path("study.toml").write_text(SCENES_STUDY)
+    cross = runs(load("study.toml"), Path("runs/small"))
+    assert cross[0].samples_per_epoch == 1200
+    command = cross[0].command()
+    assert command[command.index("--train-data") + 1] == "runs/small/data/clean/train/{0000..0002}.tar"
+    assert command[command.index("--val-data") + 1] == "runs/small/data/clean/val/0000.tar"
+
+
+def test_other_scenes_are_made_anew_and_trained_on(scenes):
+    assert run(SCENES_STUDY) == 0
+    assert run(SCENES_STUDY.replace("0.4", "0.2")) == 0
+    assert scenes.read_text().splitlines() == ["0.4 0", "0.2 0"]
+    assert len(calls()) == 4
+
+
+def test_scenes_leave_a_folder_of_others_alone(scenes, capsys):
+    Path("runs/small/data/clean").mkdir(parents=True)
+    assert run(SCENES_STUDY) == 2
+    assert "in the way" in capsys.readouterr().err
+    assert Path("runs/small/data/clean").exists()
+
+
+def test_scenes_that_fail(scenes, capsys):
+    Path("scenes.py").write_text("import sys; sys.exit('no such mismatch')")
+    assert run(SCENES_STUDY) == 2
+    assert "data.clean: scenes failed (exit 1): no such mismatch" in capsys.readouterr().err
+
+
+def test_scenes_command(home):
+    Path("study.toml").write_text(SCENES_STUDY)
+    command = shards.scenes_command(load("study.toml").data[0], Path("there"))
+    assert command[1:] == ["-m", "openclip_otco.cli", "scenes", "there", "--mismatch", "0.4", "--seed", "0"]
+
+
+# --- bad studies -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[study]", "[study", "not TOML"),
+        ("epochs = 3", "epochs = 3\nepochs = 4", "not TOML"),
+        ("[study]", "[stduy]", "stduy is unknown"),
+        ('note = "A note."', 'nota = "A note."', "study.nota is unknown (known: name, note, seeds)"),
+        ('note = "A note."', "note = 3", "study.note must be a string"),
+        ('name = "small"', "", "study.name is missing"),
+        ('name = "small"', 'name = "../small"', "study.name needs a name"),
+        ("seeds = [0]", "seeds = []", "study.seeds must be a list"),
+        ("seeds = [0]", "seeds = [true]", "study.seeds must be a list"),
+        ("seeds = [0]", "seeds = [1, 1]", "study.seeds names a seed twice"),
+        ("epochs = 3", "", "flags.epochs must be given"),
+        ("epochs = 3", "epochs = 0", "flags.epochs must be given"),
+        ("epochs = 3", "epochs = 3\nlr = {a = 1}", "flags.lr must be a number"),
+        ("epochs = 3", "epochs = 3\nlr = []", "flags.lr must be a number"),
+        ("epochs = 3", "epochs = 3\nseed = 1", "flags.seed is unknown here"),
+        ("epochs = 3", 'epochs = 3\n"--lr" = 1', "flags.--lr is no flag name"),
+        ('train-data = "train.csv"', "", "data.clean needs scenes or train-data"),
+        ('train-data = "train.csv"', 'scenes = "a"', "data.clean.scenes must be a table"),
+        ('train-data = "train.csv"', 'train-data = "a"\nscenes = {}', "data.clean.train-data cannot be given"),
+        ("[data.clean]", "[data.clean--er]", "data.clean--er needs a name"),
+        ("[data.clean]", "[flags.data]", "flags.data must be a number"),
+        ('[data.clean]\ntrain-data = "train.csv"', "", "data is missing"),
+        ('[data.clean]\ntrain-data = "train.csv"', "[data]", "data needs at least one table [data.NAME]"),
+        ('[data.clean]\ntrain-data = "train.csv"', "[data]\nclean = 1", "data.clean must be a table"),
+        ('loss = "otco"', "", "loss.otco.loss is missing"),
+        ("otco-confidence = 1.0", 'name = "x"', "loss.otco.name is unknown here"),
+    ],
+)
+def test_bad_study_is_one_line(home, capsys, old, new, message):
+    assert old in ONE_SEED
+    assert run(ONE_SEED.replace(old, new)) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert err.startswith("openclip-otco compare: study.toml: ")
+    assert message in err
+    assert not Path("runs").exists()
+
+
+def test_no_such_study(home, capsys):
+    assert compare.run(arguments("nowhere.toml")) == 2
+    assert "nowhere.toml: no such file, nor a shipped study (quickstart" in capsys.readouterr().err
+
+
+def test_quickstart_is_shipped(home):
+    study = load("quickstart")
+    assert [loss.loss for loss in study.losses] == ["clip", "otco"]
+    assert study.needs_patch
+    assert study.data[0].scenes == {"mismatch": 0.4, "seed": 0}
+
+
+def test_unpatched_openclip_is_refused(home, monkeypatch, capfd):
+    real = subprocess.run
+
+    def status(command, **options):
+        assert command[1:] == ["-m", "openclip_otco.cli", "patch", "--status"]
+        return real([sys.executable, "-c", "print('OpenCLIP 3.3.0 is not patched'); exit(1)"], **options)
+
+    Path("study.toml").write_text(ONE_SEED)
+    monkeypatch.setattr(subprocess, "run", status)
+    assert compare.run(arguments("study.toml")) == 2
+    err = capfd.readouterr().err
+    assert (
+        "study.toml: its losses need a patched OpenCLIP (`openclip-otco patch`): OpenCLIP 3.3.0 is not patched" in err
+    )
+    assert not Path("runs").exists()
+
+
+def test_damaged_results_name_the_line(tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"run": "a"}\n')
+    with pytest.raises(StudyError, match="line 1 is no result"):
+        results.read(tmp_path / "results.jsonl")
+
+
+def test_report_names_no_folders(home):
+    study = home / "study.toml"
+    study.write_text(ONE_SEED)
+    assert compare.run(arguments(str(study), "--out", str(home / "out")), trainer=(str(home / "trainer.py"),)) == 0
+    page = (home / "out/table.md").read_text()
+    assert "`openclip-otco compare study.toml`" in page
+    assert str(home) not in page
+    assert str(home) not in (home / "out/results.jsonl").read_text()
