@@ -94,6 +94,10 @@ class OTCOPlugin:
         for option in OPTIONS:
             if option not in given:
                 setattr(args, option.dest, option.default)
+        try:
+            prepare_model(args.model)
+        except RuntimeError as error:
+            parser.error(f"argument --model: {error}")
         if args.loss in self.losses:
             for option in given:
                 value = getattr(args, option.dest)
@@ -103,7 +107,6 @@ class OTCOPlugin:
         elif given:
             flags = ", ".join(option.flag for option in given)
             warnings.warn(f"{flags} given without --loss otco: no effect with --loss {args.loss}", stacklevel=2)
-        prepare_model(args.model)
 
     def create_loss(self, args: argparse.Namespace) -> OTCOLoss:
         return OTCOLoss(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 # Model hubs may be out of reach, and no test needs them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The user's own cache is neither read nor written; the folder goes when the session ends.
+_HOME = tempfile.TemporaryDirectory(prefix="openclip-otco-tests-")
+os.environ["OPENCLIP_OTCO_HOME"] = _HOME.name
 
 
 def paired_features(n: int, d: int = 24, seed: int = 0, noise: float = 0.6) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,161 @@
+"""What OpenCLIP calls: arguments, checks, loss and callbacks, without the training script."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+
+import pytest
+from test_captions import write_shard
+
+from openclip_otco import OTCOLoss
+from openclip_otco.plugin import OPTIONS, OTCOPlugin
+
+# The parts of OpenCLIP's arguments that the plugin reads.
+OPEN_CLIP = {
+    "model": "RN10t-bert-tiny",
+    "distill_model": None,
+    "distill_pretrained": None,
+    "dataset_type": "auto",
+    "train_data": None,
+    "horovod": False,
+    "local_loss": True,
+    "gather_with_grad": False,
+    "rank": 0,
+    "world_size": 1,
+    "seed": 3,
+    "device": "cpu",
+    "log_every_n_steps": 10,
+    "wandb": False,
+}
+
+
+@pytest.fixture(scope="module")
+def plugin() -> OTCOPlugin:
+    return OTCOPlugin()
+
+
+@pytest.fixture
+def parse(plugin):
+    def parse(*argv: str, loss: str = "otco", **open_clip) -> argparse.Namespace:
+        parser = argparse.ArgumentParser(prog="main")
+        plugin.add_arguments(parser.add_argument_group("otco"))
+        args = parser.parse_args(argv, argparse.Namespace(loss=loss, **OPEN_CLIP | open_clip))
+        plugin.check_args(parser, args)
+        return args
+
+    return parse
+
+
+def test_defaults_are_those_of_the_table(parse):
+    args = parse()
+    assert (args.otco_window, args.otco_epsilon, args.otco_initial_plan, args.otco_additive_error) == (
+        8,
+        0.1,
+        "combinatorial",
+        0.01,
+    )
+    assert (args.otco_cache_size, args.otco_plans_per_step, args.otco_divergence_weight) == (4, 1, 0)
+    assert (args.otco_warmup, args.otco_max_support) == (0.05, 8192)
+
+
+def test_help_gives_each_flag_its_default(plugin, capsys):
+    parser = argparse.ArgumentParser(prog="main")
+    plugin.add_arguments(parser.add_argument_group("otco"))
+    text = " ".join(parser.format_help().split())
+    for option in OPTIONS:
+        assert option.flag in text
+        assert f"(default: {option.default})" in text
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--otco-window", "0"),
+        ("--otco-cache-size", "0"),
+        ("--otco-epsilon", "0"),
+        ("--otco-epsilon", "-1"),
+        ("--otco-epsilon", "nan"),
+        ("--otco-additive-error", "0"),
+        ("--otco-additive-error", "1.01"),
+        ("--otco-warmup", "-0.1"),
+        ("--otco-warmup", "1.1"),
+        ("--otco-confidence", "-1"),
+        ("--otco-confidence", "inf"),
+        ("--otco-transport-weight", "-1"),
+        ("--otco-divergence-weight", "-1"),
+        ("--otco-plans-per-step", "0"),
+        ("--otco-max-support", "0"),
+        ("--otco-initial-plan", "best"),
+        ("--otco-window", "many"),
+    ],
+)
+def test_bad_values_end_with_one_line_and_code_2(parse, capsys, flag, value):
+    with pytest.raises(SystemExit) as ended:
+        parse(flag, value)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"main: error: argument {flag}: ")
+    assert value in error
+
+
+@pytest.mark.parametrize(
+    ("open_clip", "message"),
+    [
+        ({"model": "coca_ViT-B-32"}, "CoCa"),
+        ({"distill_model": "ViT-B-32"}, "distill"),
+        ({"train_data": "nowhere/{0..3}.tar"}, "does not exist"),
+    ],
+)
+def test_runs_that_cannot_train_end_with_one_line_and_code_2(parse, capsys, open_clip, message):
+    with pytest.raises(SystemExit) as ended:
+        parse(**open_clip)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_shards_without_captions_end_before_training(parse, capsys, tmp_path):
+    shard = write_shard(tmp_path / "a.tar", ["a.jpg", "a.json"])
+    with pytest.raises(SystemExit) as ended:
+        parse(train_data=shard)
+    assert ended.value.code == 2
+    assert "holds no captions" in capsys.readouterr().err
+
+
+def test_a_csv_is_not_taken_for_shards(parse):
+    parse(train_data="pairs.csv")
+
+
+def test_flags_without_the_loss_warn_and_train(parse):
+    with pytest.warns(UserWarning, match="--otco-window given without --loss otco"):
+        args = parse("--otco-window", "4", loss="clip")
+    assert args.otco_epsilon == 0.1
+
+
+def test_another_loss_is_not_our_business(parse):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parse(loss="clip", model="coca_ViT-B-32", distill_model="ViT-B-32", train_data="nowhere.tar")
+
+
+def test_loss_and_callback_get_the_flags(plugin, parse):
+    args = parse(
+        "--otco-confidence", "2", "--otco-transport-weight", "0.25", "--otco-divergence-weight", "0.5",
+        "--otco-epsilon", "0.07", "--otco-window", "3", "--otco-cache-size", "5", "--otco-plans-per-step", "2",
+        "--otco-warmup", "0.2", "--otco-max-support", "99", "--otco-initial-plan", "emd",
+        "--otco-additive-error", "0.3",
+    )  # fmt: skip
+    loss = plugin.create_loss(args)
+    assert isinstance(loss, OTCOLoss)
+    assert (loss.confidence, loss.transport_weight, loss.divergence_weight, loss.epsilon) == (2, 0.25, 0.5, 0.07)
+    assert loss.local_loss
+    (callback,) = plugin.create_callbacks(args, loss)
+    assert (callback.window.steps, callback.window.max_support, callback.cache.size) == (3, 99, 5)
+    assert (callback.plans_per_step, callback.warmup, callback.log_every) == (2, 0.2, 10)
+    solver = callback.solver
+    assert (solver.epsilon, solver.initial_plan, solver.additive_error, solver.seed) == (0.07, "emd", 0.3, 3)
+    assert callback.loss is loss
+
+
+def test_other_losses_get_no_callback(plugin, parse):
+    assert plugin.create_callbacks(parse(loss="clip"), loss=object()) == []
