@@ -12,11 +12,13 @@ result does not change when a constant is added to the cost.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from openclip_otco.ot.cost import Cost, CostLike, as_cost, cost_range
+from openclip_otco.ot.cost import Cost, CostLike, as_cost, cost_range, rows_per_tile
 from openclip_otco.ot.marginals import marginals
 from openclip_otco.ot.sparse_plan import SparsePlan, certified
 
@@ -87,8 +89,24 @@ class _Bids:
         noise = self._row_key[index, None].mul(7919.0).add(self._col_key.mul(104729.0)[None, :])
         return bids.add_(noise.frac_(), alpha=self.noise)
 
-    def rows(self, index: Tensor) -> Tensor:
-        return self._make(index) if self._matrix is None else self._matrix[index]
+    def chunks(self, index: Tensor) -> Iterator[Tensor]:
+        """The rows `index`: together where the matrix is kept, else no more at a time than a tile holds."""
+        if self._matrix is not None:
+            yield self._matrix[index]
+        else:
+            for part in index.split(rows_per_tile(self.cost)):
+                yield self._make(part)
+
+    def cheapest(self, index: Tensor, price: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For each of the rows `index`: its cheapest column, what that costs, and what the second cheapest costs."""
+        column, best, second = [], [], []
+        for chunk in self.chunks(index):
+            reduced = chunk.add_(price)
+            least, where = reduced.min(dim=1)
+            column.append(where)
+            best.append(least)
+            second.append(reduced.scatter_(1, where[:, None], torch.inf).amin(dim=1))
+        return torch.cat(column), torch.cat(best), torch.cat(second)
 
 
 def _auction(cost: Cost, low: float, slack: float, delta: float, seed: int) -> tuple[Tensor, Tensor, int]:
@@ -108,13 +126,8 @@ def _auction(cost: Cost, low: float, slack: float, delta: float, seed: int) -> t
     rounds = 0
     while len(free) > allowed:
         rounds += 1
-        reduced = bids.rows(free).add(price)
-        best, column = reduced.min(dim=1)
-        if n > 1:
-            second = reduced.scatter_(1, column[:, None], torch.inf).amin(dim=1)
-            offer = price[column] + (second - best) + 1.0
-        else:
-            offer = price[column] + 1.0
+        column, best, second = bids.cheapest(free, price)
+        offer = price[column] + (second - best) + 1.0
         top = torch.full((n,), -torch.inf, dtype=cost.dtype, device=device)
         top.scatter_reduce_(0, column, offer, "amax")
         wins = offer == top[column]
@@ -167,7 +180,7 @@ def _push_relabel(
     while float(supply.sum()) > delta * _PUSH_REST:
         rounds += 1
         free = torch.nonzero(supply > 0).squeeze(1)
-        column = bids.rows(free).add(price).argmin(dim=1)
+        column = torch.cat([chunk.add_(price).argmin(dim=1) for chunk in bids.chunks(free)])
         settled = torch.where(fresh, 0.0, mass)
         on_sale = unsold + torch.zeros_like(b).index_add_(0, cols, settled)
         taken = _shares(column, supply[free], on_sale)
@@ -186,7 +199,8 @@ def _push_relabel(
     rest_a = (a - torch.zeros_like(a).index_add_(0, rows, mass)).clamp_(min=0)
     rest_b = (b - torch.zeros_like(b).index_add_(0, cols, mass)).clamp_(min=0)
     extra_rows, extra_cols, extra_mass = _northwest_corner(rest_a, rest_b)
-    price[b == 0] = 0  # any finite price will do: the c-transform sets the dual of a column without mass
+    # Dear enough that no row's dual rests on a column without mass; the second c-transform sets that column's own.
+    price[b == 0] = price[b > 0].max() + 1 / (delta * _PUSH_STEP)
     return (
         torch.cat([rows, extra_rows]),
         torch.cat([cols, extra_cols]),

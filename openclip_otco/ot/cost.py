@@ -121,10 +121,14 @@ def as_cost(cost: CostLike) -> Cost:
     return DenseCost(cost) if isinstance(cost, Tensor) else cost
 
 
+def rows_per_tile(cost: Cost) -> int:
+    """How many rows of `cost` may be asked for at a time."""
+    return max(1, TILE_ELEMENTS // cost.shape[1])
+
+
 def tiles(cost: Cost) -> Iterator[slice]:
     """Slices that cover the rows of `cost`, none with more than `TILE_ELEMENTS` entries (but at least one row)."""
-    n, m = cost.shape
-    step = max(1, TILE_ELEMENTS // m)
+    n, step = cost.shape[0], rows_per_tile(cost)
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from openclip_otco.ot.cost import CosineCost, Cost, tiles
+from openclip_otco.ot.marginals import marginals
 from openclip_otco.ot.sinkhorn import sinkhorn
 
 
@@ -56,9 +57,7 @@ def entropic_value(
     value = torch.tensor(result.value, dtype=cost.dtype, device=cost.device)
     if not torch.is_grad_enabled() or not (x.requires_grad or y.requires_grad):
         return value
-    n, m = cost.shape
-    row_mass = torch.full((n,), 1 / n, dtype=cost.dtype, device=cost.device) if a is None else a / a.sum()
-    col_mass = torch.full((m,), 1 / m, dtype=cost.dtype, device=cost.device) if b is None else b / b.sum()
+    row_mass, col_mass = (mass.to(cost.dtype) for mass in marginals(cost, a, b))
     pulled_x, pulled_y = _pull(cost, result.f, result.g, epsilon, row_mass, col_mass)
     # dC_ij = -dx_i·y_j - x_i·dy_j: a linear function of the features with this slope, and the value of OT_ε.
     surrogate = -(x * pulled_x).sum() - (y * pulled_y).sum()

@@ -6,7 +6,7 @@ import ot as pot
 import torch
 from torch import Tensor
 
-from openclip_otco.ot.cost import CostLike, as_cost
+from openclip_otco.ot.cost import CostLike, as_cost, cost_range
 from openclip_otco.ot.marginals import marginals
 from openclip_otco.ot.sparse_plan import SparsePlan, certified
 
@@ -27,6 +27,10 @@ def exact_plan(
     cost = as_cost(cost)
     row_mass, col_mass = marginals(cost, a, b)
     matrix = cost.rows(slice(0, cost.shape[0])).double().cpu()
+    # Into [0, 1]: POT takes negative costs for infeasible ones, and its tolerance is absolute.
+    low, high = cost_range(cost)
+    spread = high - low if high > low else 1.0
+    matrix.sub_(low).div_(spread)
     plan, log = pot.emd(
         row_mass.cpu().numpy(), col_mass.cpu().numpy(), matrix.numpy(), numItermax=max_iterations, log=True
     )
@@ -37,5 +41,5 @@ def exact_plan(
     device = cost.device
     return certified(
         cost, row_mass, col_mass, rows.to(device), cols.to(device), dense[rows, cols].to(device),
-        torch.as_tensor(log["v"], device=device),
+        torch.as_tensor(log["v"] * spread, device=device),
     )  # fmt: skip

@@ -74,9 +74,10 @@ def sinkhorn(
         ValueError: `ε`, `tol` or `max_iterations` not positive; potentials of the wrong length or not finite; bad
             marginals or cost.
     """
-    if not epsilon > 0 or not tol > 0 or max_iterations < 1:
+    if not 0 < epsilon < math.inf or not tol > 0 or max_iterations < 1:
         raise ValueError(
-            f"epsilon and tol must be positive and max_iterations at least 1; got {epsilon}, {tol} and {max_iterations}"
+            f"epsilon (finite) and tol must be positive and max_iterations at least 1; "
+            f"got {epsilon}, {tol} and {max_iterations}"
         )
     cost = as_cost(cost)
     row_mass, col_mass = (mass.to(cost.dtype) for mass in marginals(cost, a, b))
@@ -91,7 +92,7 @@ def sinkhorn(
     else:
         while True:
             next_f = soft_ctransform(cost, g, epsilon, log_b)
-            error = float((row_mass * torch.expm1((f - next_f) / epsilon).abs()).nansum())
+            error = _marginal_error(row_mass, f, next_f, epsilon)
             if error <= tol or iterations >= max_iterations:
                 break
             f = next_f
@@ -119,13 +120,25 @@ def nearest_potentials(
     """Which of the candidate `g`, each `(m,)`, is nearest to the solution: the index of the one whose plan, after one
     half-step, has the smallest L1 error of its column marginal."""
     cost = as_cost(cost)
+    if not candidates or any(g.shape != (cost.shape[1],) for g in candidates):
+        raise ValueError(
+            f"candidates must be at least one potential of shape ({cost.shape[1]},); "
+            f"got {[tuple(g.shape) for g in candidates]}"
+        )
     row_mass, col_mass = (mass.to(cost.dtype) for mass in marginals(cost, a, b))
     errors = []
     for g in candidates:
         f = soft_ctransform(cost, g, epsilon, col_mass.log())
         next_g = soft_ctransform(cost.transposed(), f, epsilon, row_mass.log())
-        errors.append(float((col_mass * torch.expm1((g - next_g) / epsilon).abs()).nansum()))
+        error = _marginal_error(col_mass, g, next_g, epsilon)
+        errors.append(math.inf if math.isnan(error) else error)
     return min(range(len(errors)), key=errors.__getitem__)
+
+
+def _marginal_error(mass: Tensor, held: Tensor, exact: Tensor, epsilon: float) -> float:
+    """L1 distance from `mass` of the marginal under potentials `held`, where `exact` would meet it."""
+    excess = torch.expm1((held - exact) / epsilon).abs()
+    return float(torch.where(mass > 0, mass * excess, 0.0).sum())
 
 
 def _start(cost: Cost, init: SparsePlan | SinkhornResult | Potentials | None) -> Tensor:

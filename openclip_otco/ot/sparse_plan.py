@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openclip_otco.ot.cost import Cost, cost_range, tiles
+from openclip_otco.ot.cost import Cost, cost_range, rows_per_tile, tiles
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def hard_ctransform(cost: Cost, g: Tensor) -> Tensor:
 
 def entries_of(cost: Cost, rows: Tensor, cols: Tensor) -> Tensor:
     """`C[rows, cols]`, `(k,)`, a tile of rows at a time."""
-    step = max(1, 2**22 // cost.shape[1])
+    step = rows_per_tile(cost)
     parts = [
         cost.rows(chunk).gather(1, cols[start : start + step, None]).squeeze(1)
         for start, chunk in ((s, rows[s : s + step]) for s in range(0, len(rows), step))
