@@ -14,6 +14,11 @@ from torch import Tensor
 from openclip_otco.ot import sinkhorn_divergence
 from openclip_otco.plan import TransportPlan
 
+# Confidence may never leave less than this share of the batch to carry the loss. Without it a young model's confidence
+# rests on a few pairs, the model then learns those alone, and training collapses.
+LEAST_EFFECTIVE_SHARE = 0.5
+_POWERS = 64
+
 
 class Features(NamedTuple):
     """Image and text features, `(n, d)` each; row `i` of both is one pair."""
@@ -35,7 +40,8 @@ class OTCOLoss(ClipLoss):
     `λ = γ = μ = 0`, it is `ClipLoss` to the bit.
 
     Args:
-        confidence: `γ >= 0`, the power of the plan confidence that makes the weights `c_i`; 0 switches them off.
+        confidence: `γ >= 0`, the power of the plan confidence that makes the weights `c_i`; 0 switches them off. A step
+            takes a smaller one if less than half of the batch would carry the loss otherwise (`tempered`).
         transport_weight: `λ >= 0`, of the transported pairs.
         divergence_weight: `μ >= 0`, of the Sinkhorn divergence between the batch's images and texts.
         epsilon: `ε` of that divergence, in units of the cost.
@@ -152,8 +158,7 @@ class OTCOLoss(ClipLoss):
         if not self.confidence or self.newest is None:
             return None
         log_confidence = self.newest.log_confidence(everyone.images, everyone.texts)
-        weights = torch.softmax(self.confidence * log_confidence, dim=0) * len(log_confidence)
-        self.effective_share = weights.square().mean().reciprocal()
+        weights, self.effective_share = tempered(log_confidence, self.confidence, LEAST_EFFECTIVE_SHARE)
         if self.local_loss and self.world_size > 1:
             weights = weights.chunk(self.world_size)[self.rank]
         return weights
@@ -181,6 +186,21 @@ class OTCOLoss(ClipLoss):
         per_pair = F.cross_entropy(logits_per_image, labels, reduction="none")
         per_pair = per_pair + F.cross_entropy(logits_per_text, labels, reduction="none")
         return (weights * per_pair).mean() / 2
+
+
+def tempered(log_confidence: Tensor, power: float, least_share: float) -> tuple[Tensor, Tensor]:
+    """Weights `c ∝ exp(γ' · log_confidence)`, `(n,)`, mean 1, and their effective share `(Σc)²/(n Σc²)`.
+
+    `γ'` is the largest power up to `power` whose effective share is at least `least_share`: the choice of a tempering
+    exponent by effective sample size (Jasra, Stephens, Doucet, Tsagaris, *Inference for Lévy-driven stochastic
+    volatility models via adaptive sequential Monte Carlo*, Scandinavian Journal of Statistics 38, 2011), on a grid.
+    """
+    powers = power * torch.linspace(0, 1, _POWERS + 1, device=log_confidence.device, dtype=log_confidence.dtype)
+    weights = torch.softmax(powers[:, None] * log_confidence, dim=1) * len(log_confidence)
+    shares = weights.square().mean(dim=1).reciprocal()
+    # At power 0 the share is 1, so that one of them always qualifies.
+    best = torch.arange(len(powers), device=shares.device).where(shares >= least_share, 0).amax()
+    return weights[best], shares[best]
 
 
 def _transported(plan: TransportPlan, pairs: Features) -> Features:

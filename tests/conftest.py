@@ -9,6 +9,7 @@ import tempfile
 import pytest
 import torch
 import torch.nn.functional as F
+from hook_fixtures import lab, original, patched  # noqa: F401 (fixtures for all)
 from torch import Tensor
 
 # Model hubs may be out of reach, and no test needs them.

@@ -12,6 +12,7 @@ result does not change when a constant is added to the cost.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -19,11 +20,15 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from openclip_otco.ot.cost import Cost, CostLike, as_cost, cost_range, rows_per_tile
+from openclip_otco.ot.exact import exact_plan
 from openclip_otco.ot.marginals import marginals
 from openclip_otco.ot.sparse_plan import SparsePlan, certified
 
 # Above this many entries a quantised matrix is not kept: rows are made again from the features when they bid.
 DENSE_ENTRIES = 8192 * 8192
+# After so many rounds a plan that is not proven good gives way to the exact solver, where the matrix is this small.
+MOST_ROUNDS = 1000
+EXACT_ENTRIES = 4096 * 4096
 # Shares of δ. Auction: (1 + noise) steps + rest <= δ. Push-relabel: rounding + step + rest <= δ.
 _AUCTION_STEP, _AUCTION_NOISE, _AUCTION_REST = 0.5, 0.1, 0.45
 _PUSH_STEP, _PUSH_REST = 0.35, 0.3
@@ -57,14 +62,25 @@ def combinatorial_plan(
         # Every coupling costs the same, and bidding would have nothing to measure its steps by.
         rows, cols, mass = _northwest_corner(row_mass, col_mass)
         return certified(cost, row_mass, col_mass, rows, cols, mass, torch.zeros_like(col_mass))
-    if uniform:
-        owner, price, rounds = _auction(cost, low, additive_error * (high - low), additive_error, seed)
-        rows, cols = owner, torch.arange(len(owner), device=owner.device)
-        return certified(cost, row_mass, col_mass, rows, cols, col_mass.clone(), -price, rounds)
-    rows, cols, mass, price, rounds = _push_relabel(
-        cost, low, additive_error * (high - low), additive_error, row_mass, col_mass, seed
-    )
-    return certified(cost, row_mass, col_mass, rows, cols, mass, -price, rounds)
+    slack = additive_error * (high - low)
+
+    def solve(most_rounds: float) -> SparsePlan:
+        if uniform:
+            owner, price, rounds = _auction(cost, low, slack, additive_error, seed, most_rounds)
+            rows, cols, mass = owner, torch.arange(len(owner), device=owner.device), col_mass.clone()
+        else:
+            rows, cols, mass, price, rounds = _push_relabel(
+                cost, low, slack, additive_error, row_mass, col_mass, seed, most_rounds
+            )
+        return certified(cost, row_mass, col_mass, rows, cols, mass, -price, rounds)
+
+    # Price wars, where many rows fight for few columns a step at a time, can take 1/δ² rounds. What is free when the
+    # rounds run out is placed all the same; the certificate then tells whether that was good enough.
+    exact_is_at_hand = cost.shape[0] * cost.shape[1] <= EXACT_ENTRIES
+    plan = solve(MOST_ROUNDS if exact_is_at_hand else math.inf)
+    if plan.rounds >= MOST_ROUNDS and exact_is_at_hand and plan.additive_error > additive_error:
+        return exact_plan(cost, a, b)
+    return plan
 
 
 class _Bids:
@@ -109,7 +125,9 @@ class _Bids:
         return torch.cat(column), torch.cat(best), torch.cat(second)
 
 
-def _auction(cost: Cost, low: float, slack: float, delta: float, seed: int) -> tuple[Tensor, Tensor, int]:
+def _auction(
+    cost: Cost, low: float, slack: float, delta: float, seed: int, most_rounds: float
+) -> tuple[Tensor, Tensor, int]:
     """The row that owns each column `(n,)`, the columns' prices `(n,)` in units of the cost, and the rounds taken.
 
     Jacobi auction: all free rows bid at once for the column that is cheapest for them, raising its price to where the
@@ -124,7 +142,7 @@ def _auction(cost: Cost, low: float, slack: float, delta: float, seed: int) -> t
     free = torch.arange(n, device=device)
     allowed = int(delta * _AUCTION_REST * n)
     rounds = 0
-    while len(free) > allowed:
+    while len(free) > allowed and rounds < most_rounds:
         rounds += 1
         column, best, second = bids.cheapest(free, price)
         offer = price[column] + (second - best) + 1.0
@@ -156,7 +174,7 @@ def _place_rest(cost: Cost, owner: Tensor, free: Tensor) -> None:
 
 
 def _push_relabel(
-    cost: Cost, low: float, slack: float, delta: float, a: Tensor, b: Tensor, seed: int
+    cost: Cost, low: float, slack: float, delta: float, a: Tensor, b: Tensor, seed: int, most_rounds: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """Entries `(rows, cols, mass)`, the columns' prices `(m,)` in units of the cost, and the rounds taken.
 
@@ -177,7 +195,7 @@ def _push_relabel(
     rows = torch.zeros(0, dtype=torch.long, device=device)
     cols, mass, fresh = rows.clone(), torch.zeros(0, dtype=a.dtype, device=device), rows.bool()
     rounds = 0
-    while float(supply.sum()) > delta * _PUSH_REST:
+    while float(supply.sum()) > delta * _PUSH_REST and rounds < most_rounds:
         rounds += 1
         free = torch.nonzero(supply > 0).squeeze(1)
         column = torch.cat([chunk.add_(price).argmin(dim=1) for chunk in bids.chunks(free)])

@@ -94,7 +94,7 @@ def _manifest(settings: Settings) -> str:
 
 
 def _state(folder: Path, settings: Settings) -> str:
-    """"free", "there" (this very data set, finished), "torn" (the same with files missing), "other" or "foreign"."""
+    """ "free", "there" (this very data set, finished), "torn" (the same with files missing), "other" or "foreign"."""
     try:
         manifest = (folder / MANIFEST).read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):

@@ -1,0 +1,103 @@
+"""OTCO through OpenCLIP's own training script."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hook_fixtures import Lab, Run, assert_equal
+
+OTCO = "otco = openclip_otco.plugin:OTCOPlugin"
+FEW_STEPS = ("--otco-window", "3", "--otco-warmup", "0", "--otco-transport-weight", "0.5", "--otco-confidence", "0.5")
+
+
+@pytest.fixture(scope="module")
+def otco(lab: Lab, patched: Path) -> Run:
+    """50 steps with plans at work, validated."""
+    data = ("--train-data", str(lab.folder / "large.csv"), "--val-data", str(lab.folder / "small.csv"))
+    return lab.start("otco", patched, OTCO, "--loss", "otco", *data, *FEW_STEPS, "--report-to", "tensorboard").wait()
+
+
+@pytest.mark.training
+def test_with_everything_off_it_is_clip_to_the_bit(lab: Lab, patched: Path) -> None:
+    data = ("--train-data", str(lab.folder / "large.csv"))
+    off = ("--loss", "otco", "--otco-confidence", "0", "--otco-transport-weight", "0", "--otco-window", "4")
+    runs = lab.start("clip", patched, OTCO, *data), lab.start("off", patched, OTCO, *off, *data)
+    clip, ours = (run.wait() for run in runs)
+    assert len(clip.steps) == 50
+    assert ours.steps == clip.steps
+    plugins = ours.checkpoint(1)
+    assert plugins.pop("plugins")["otco"]["made"] == 12
+    assert_equal(plugins, clip.checkpoint(1))
+    assert "UserWarning" not in ours.output
+
+
+@pytest.mark.training
+def test_plans_are_made_logged_and_saved(otco: Run) -> None:
+    assert "Loss: otco (plugin otco)" in otco.output
+    assert re.search(r"OTCO Plan: 1 \(step 2, N 24\) Additive Error: 0\.\S+ Iterations: ", otco.output)
+    assert "OTCO Plans: 16 made, 0 skipped" in otco.output
+    assert "Transport_loss: " in otco.steps[-1]
+    assert "Transport_loss: " not in otco.steps[0]
+    state = otco.checkpoint(1)["plugins"]["otco"]
+    assert [plan["step"] for plan in state["cache"]["plans"]] == [38, 41, 44, 47]
+    assert len(state["window"]["batches"]) == 2
+    assert json.loads((otco.folder / "checkpoints" / "results.jsonl").read_text())["epoch"] == 1
+
+
+@pytest.mark.training
+def test_plans_reach_tensorboard_on_open_clips_step_axis(otco: Run) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(otco.folder / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "train/otco_objective", "train/otco_drift_text", "train/otco_seconds"} <= tags
+    assert [event.step for event in events.Scalars("train/otco_own_pair_mass")] == list(range(2, 50, 3))
+
+
+@pytest.mark.training
+def test_resumes_into_and_out_of_otco(lab: Lab, patched: Path, otco: Run) -> None:
+    file = str(otco.folder / "checkpoints" / "epoch_1.pt")
+    data = ("--train-data", str(lab.folder / "large.csv"), "--epochs", "2", "--resume", file)
+    runs = (
+        lab.start("again", patched, OTCO, "--loss", "otco", *FEW_STEPS, *data),
+        lab.start("to-clip", patched, OTCO, *data),
+    )
+    again, to_clip = (run.wait() for run in runs)
+    assert "=> resuming OTCO with 4 cached plans (steps [38, 41, 44, 47])" in again.output
+    # Two steps of the window came with the checkpoint: the next plan is due after one more.
+    assert [plan["step"] for plan in again.checkpoint(2)["plugins"]["otco"]["cache"]["plans"]] == [89, 92, 95, 98]
+    assert len(to_clip.steps) == 50
+    assert "plugins" not in to_clip.checkpoint(2)
+
+
+@pytest.mark.training
+def test_two_ranks_hold_the_same_plans_and_train(lab: Lab, patched: Path) -> None:
+    options = ("--loss", "otco", *FEW_STEPS, "--local-loss", "--gather-with-grad", "--otco-window", "1")
+    run = lab.start("otco-ranks", patched, OTCO, *options, ranks=2).wait()
+    plan = run.checkpoint(1)["plugins"]["otco"]["cache"]["plans"][-1]
+    assert plan["image_features"].shape == (16, 16)  # both ranks' batches of 8
+    assert torch.isfinite(plan["f"]).all()
+
+
+@pytest.mark.training
+def test_the_tiny_model_trains_on_scenes_without_a_warning(lab: Lab, patched: Path, tmp_path: Path) -> None:
+    """What the quickstart does, small: rendered shards, loader workers, the BERT that the package makes."""
+    scenes = tmp_path / "scenes"
+    command = [sys.executable, "-m", "openclip_otco.cli", "scenes", str(scenes), "--train", "80", "--val", "16"]
+    subprocess.run([*command, "--shards", "2", "--mismatch", "0.4"], check=True, capture_output=True)
+    shards = {split: str(scenes / split / "{0000..0001}.tar") for split in ("train", "val")}
+    run = lab.start(
+        "scenes", patched, OTCO, "--loss", "otco", *FEW_STEPS, "--model", "RN10t-bert-tiny", "--workers", "2",
+        "--dataset-type", "webdataset", "--train-data", shards["train"], "--val-data", shards["val"],
+        "--batch-size", "16",
+    ).wait()  # fmt: skip
+    assert len(run.steps) == 6
+    assert "OTCO Plans: 2 made, 0 skipped" in run.output
+    assert not [line for line in run.output.splitlines() if re.search("warn", line, re.IGNORECASE)]
