@@ -169,8 +169,15 @@ def run(args: argparse.Namespace) -> int:
             print(f"{before.state.value}: {DISTRIBUTION} {before.version or '?'} in {before.folder or '?'}")
             return 0 if before.state is State.PATCHED else 1
         changed = (revert if args.revert else apply)(args.target, args.version, dry_run=args.dry_run)
-    except (PatchError, OSError) as error:
+    except PatchError as error:
         print(f"openclip-otco patch: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(
+            f"openclip-otco patch: {error.filename}: {error.strerror}; nothing was changed: make that folder writable, "
+            "or install into a virtual environment of your own",
+            file=sys.stderr,
+        )
         return 1
     goal = "unpatched" if args.revert else "patched"
     if not changed:

