@@ -52,7 +52,7 @@ class OTCOLoss(ClipLoss):
 
     Example::
 
-        loss = OTCOLoss(confidence=1.0)
+        loss = OTCOLoss(confidence=0.25)
         loss.set_plans([plan], newest=plan)
         losses = loss(image_features, text_features, logit_scale, output_dict=True)
         sum(losses.values()).backward()
@@ -60,7 +60,7 @@ class OTCOLoss(ClipLoss):
 
     def __init__(
         self,
-        confidence: float = 1.0,
+        confidence: float = 0.25,
         transport_weight: float = 0.0,
         divergence_weight: float = 0.0,
         epsilon: float = 0.1,

@@ -57,7 +57,7 @@ OPTIONS = (
     Option("--otco-plans-per-step", 1, "Cached plans drawn each step to transport the batch.", _count, "at least 1"),
     Option("--otco-transport-weight", 0.0, "Weight of the transported pairs in the loss, 0 = off.", _weight,
            "0 or more"),
-    Option("--otco-confidence", 1.0, "Power of the plan confidence that weighs each pair, 0 = off.", _weight,
+    Option("--otco-confidence", 0.25, "Power of the plan confidence that weighs each pair, 0 = off.", _weight,
            "0 or more"),
     Option("--otco-divergence-weight", 0.0, "Weight of the Sinkhorn divergence between images and texts, 0 = off.",
            _weight, "0 or more"),
