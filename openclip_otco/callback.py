@@ -165,4 +165,5 @@ class PlanCacheCallback:
 
 def _line(metrics: Mapping[str, float]) -> str:
     """Metrics in the manner of OpenCLIP's loss line: `Name: value Name: value`."""
-    return " ".join(f"{name.replace('_', ' ').title()}: {value:#.4g}" for name, value in metrics.items())
+    values = {name: str(value) if isinstance(value, int) else f"{value:#.4g}" for name, value in metrics.items()}
+    return " ".join(f"{name.replace('_', ' ').title()}: {value}" for name, value in values.items())
