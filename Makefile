@@ -4,16 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install lint test quickstart results clean
+.PHONY: install patch lint test quickstart results clean
 
-install: $(STAMP)
+install: patch
 
 $(STAMP): setup.cfg pyproject.toml $(wildcard patches/*.patch)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set it by make PYTHON=python3.11")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# Debian's python3 comes without ensurepip; there the venv gets its pip from the pip outside.
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || \
+		{ $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
 	$(BIN)/python -m pip install --progress-bar off -e '.[dev]'
-	$(BIN)/openclip-otco patch
 	@touch $@
+
+# Apart from the installation, and each time: somebody may have reverted it, and it costs a tenth of a second.
+patch: $(STAMP)
+	@$(BIN)/openclip-otco patch
 
 lint: install
 	$(BIN)/ruff check .

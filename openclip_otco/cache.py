@@ -77,7 +77,11 @@ class FeatureWindow:
         return {"batches": [list(batch) for batch in self._batches], "dropped": self.dropped}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
-        self._batches = [(images.to(device), texts.to(device)) for images, texts in state["batches"]][-self.steps :]
+        """Takes up a saved window; of a longer or larger one, what this window has room for."""
+        self.clear()
+        room = self.steps - 1  # a full window has become a plan before it is saved
+        for index, (images, texts) in enumerate(state["batches"][-room:] if room else []):
+            self.add(images.to(device), texts.to(device), step=index)
         self.dropped = int(state["dropped"])
 
 

@@ -69,7 +69,7 @@ class PlanCacheCallback:
         self.warmup_steps = 0
         self.made = 0
         self.skipped = 0
-        self._next_line = 0
+        self._next_line = self._next_warning = 0
 
     def on_train_start(self, *, step: int, total_steps: int, writer: ScalarWriter | None = None) -> None:
         """Called once with the first step to run and the number of all steps."""
@@ -88,9 +88,13 @@ class PlanCacheCallback:
     ) -> None:
         """Called after each optimizer step; every `Δ` of them make a plan."""
         gathered = self.loss.gathered or (features["image_features"], features["text_features"])
-        self.window.add(*gathered, step=step)
-        if self.window.full:
-            plan = self._make_plan(step)
+        try:
+            self.window.add(*gathered, step=step)
+            plan = self._make_plan(step) if self.window.full else None
+        except Exception as error:  # whatever it is, no plan is worth a run
+            self.window.clear()
+            self._skip(step, error)
+        else:
             if plan is not None:
                 self._log(plan, writer)
         self._set_plans(step + 1)
@@ -125,18 +129,20 @@ class PlanCacheCallback:
         if self.master:
             logging.info(f"=> resuming OTCO with {len(self.cache)} cached plans (steps {list(self.cache)})")
 
-    def _make_plan(self, step: int) -> TransportPlan | None:
-        try:
-            plan = self.solver.solve(*self.window.features(), step=step, previous=self.cache.newest)
-        except (ValueError, RuntimeError) as error:
-            self.skipped += 1
-            logging.warning(f"OTCO plan at step {step} skipped, going on with the last good one: {error}")
-            return None
-        finally:
-            self.window.clear()
+    def _make_plan(self, step: int) -> TransportPlan:
+        plan = self.solver.solve(*self.window.features(), step=step, previous=self.cache.newest)
+        self.window.clear()
         self.made += 1
         self.cache.add(plan)
         return plan
+
+    def _skip(self, step: int, error: Exception) -> None:
+        self.skipped += 1
+        # A failure that lasts is told at the log's pace, not at every window.
+        if self.master and step >= self._next_warning:
+            self._next_warning = step + self.log_every
+            reason = f"{type(error).__name__}: {error}"
+            logging.warning(f"OTCO plan at step {step} skipped, going on with the last good one. {reason}")
 
     def _set_plans(self, step: int) -> None:
         if step < self.warmup_steps:

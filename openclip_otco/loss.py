@@ -14,9 +14,7 @@ from torch import Tensor
 from openclip_otco.ot import sinkhorn_divergence
 from openclip_otco.plan import TransportPlan
 
-# Confidence may never leave less than this share of the batch to carry the loss. Without it a young model's confidence
-# rests on a few pairs, the model then learns those alone, and training collapses.
-LEAST_EFFECTIVE_SHARE = 0.5
+# Steps of the grid of powers that tempering chooses from.
 _POWERS = 64
 
 
@@ -40,19 +38,21 @@ class OTCOLoss(ClipLoss):
     `λ = γ = μ = 0`, it is `ClipLoss` to the bit.
 
     Args:
-        confidence: `γ >= 0`, the power of the plan confidence that makes the weights `c_i`; 0 switches them off. A step
-            takes a smaller one if less than half of the batch would carry the loss otherwise (`tempered`).
+        confidence: `γ >= 0`, the power of the plan confidence that makes the weights `c_i`; 0 switches them off.
+        least_share: in `[0, 1]`, the least effective share of the batch that confidence leaves to carry the loss; a
+            step that would fall below takes a smaller power (`tempered`). 0 sets no limit. A young model's confidence
+            rests on a few pairs; without a limit the model learns those alone, and training can collapse.
         transport_weight: `λ >= 0`, of the transported pairs.
         divergence_weight: `μ >= 0`, of the Sinkhorn divergence between the batch's images and texts.
         epsilon: `ε` of that divergence, in units of the cost.
         local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: as in `open_clip.ClipLoss`.
 
     Raises:
-        ValueError: a negative weight.
+        ValueError: a negative weight, or a share outside `[0, 1]`.
 
     Example::
 
-        loss = OTCOLoss(confidence=0.25)
+        loss = OTCOLoss(confidence=0.25, least_share=0.5)
         loss.set_plans([plan], newest=plan)
         losses = loss(image_features, text_features, logit_scale, output_dict=True)
         sum(losses.values()).backward()
@@ -64,6 +64,7 @@ class OTCOLoss(ClipLoss):
         transport_weight: float = 0.0,
         divergence_weight: float = 0.0,
         epsilon: float = 0.1,
+        least_share: float = 0.0,
         local_loss: bool = False,
         gather_with_grad: bool = False,
         cache_labels: bool = False,
@@ -86,7 +87,10 @@ class OTCOLoss(ClipLoss):
         ):
             if not weight >= 0:
                 raise ValueError(f"{name} must not be negative; got {weight}")
+        if not 0 <= least_share <= 1:
+            raise ValueError(f"least_share must lie in [0, 1]; got {least_share}")
         self.confidence = confidence
+        self.least_share = least_share
         self.transport_weight = transport_weight
         self.divergence_weight = divergence_weight
         self.epsilon = epsilon
@@ -132,9 +136,7 @@ class OTCOLoss(ClipLoss):
                     total = total + self._info_nce(x, all_x, logit_scale, None, weights)
             losses["transport_loss"] = self.transport_weight / len(self.drawn) * total
         if self.divergence_weight:
-            with torch.autocast(image_features.device.type, enabled=False):
-                divergence = sinkhorn_divergence(everyone.images.float(), everyone.texts.float(), self.epsilon)
-            losses["divergence_loss"] = self.divergence_weight * divergence
+            losses["divergence_loss"] = self.divergence_weight * self._divergence(local, everyone)
         return losses if output_dict else reduce(torch.add, losses.values())
 
     def _gather(self, local: Features) -> Features:
@@ -152,13 +154,26 @@ class OTCOLoss(ClipLoss):
             )
         )
 
+    def _divergence(self, local: Features, everyone: Features) -> Tensor:
+        """`S_ε` between all images and all texts."""
+        if self.world_size > 1 and self.local_loss and not self.gather_with_grad:
+            # What was gathered has no gradient then; this rank's own rows do.
+            images, texts = ([*x.chunk(self.world_size)] for x in everyone)
+            images[self.rank], texts[self.rank] = local
+            everyone = Features(torch.cat(images), torch.cat(texts))
+        total = everyone.images.sum() + everyone.texts.sum()
+        if not bool(torch.isfinite(total)):
+            return total * torch.nan  # the training loop's to find, as it is with ClipLoss
+        with torch.autocast(total.device.type, enabled=False):
+            return sinkhorn_divergence(everyone.images.float(), everyone.texts.float(), self.epsilon)
+
     def _weights(self, everyone: Features) -> Tensor | None:
         """`c_i` of the rows of the logits, `(rows,)`, mean 1 over the global batch; `None` where all are 1."""
         self.effective_share = None
         if not self.confidence or self.newest is None:
             return None
         log_confidence = self.newest.log_confidence(everyone.images, everyone.texts)
-        weights, self.effective_share = tempered(log_confidence, self.confidence, LEAST_EFFECTIVE_SHARE)
+        weights, self.effective_share = tempered(log_confidence, self.confidence, self.least_share)
         if self.local_loss and self.world_size > 1:
             weights = weights.chunk(self.world_size)[self.rank]
         return weights
@@ -195,6 +210,9 @@ def tempered(log_confidence: Tensor, power: float, least_share: float) -> tuple[
     exponent by effective sample size (Jasra, Stephens, Doucet, Tsagaris, *Inference for Lévy-driven stochastic
     volatility models via adaptive sequential Monte Carlo*, Scandinavian Journal of Statistics 38, 2011), on a grid.
     """
+    if not least_share:
+        weights = torch.softmax(power * log_confidence, dim=0) * len(log_confidence)
+        return weights, weights.square().mean().reciprocal()
     powers = power * torch.linspace(0, 1, _POWERS + 1, device=log_confidence.device, dtype=log_confidence.dtype)
     weights = torch.softmax(powers[:, None] * log_confidence, dim=1) * len(log_confidence)
     shares = weights.square().mean(dim=1).reciprocal()

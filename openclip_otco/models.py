@@ -18,7 +18,11 @@ def home() -> Path:
     """The user's folder for files that the package makes: `$OPENCLIP_OTCO_HOME`, or one in the user's cache."""
     if named := os.environ.get(HOME):
         return Path(named).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "openclip_otco"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home, as in some containers
+        cache = Path(tempfile.gettempdir())
+    return cache.absolute() / "openclip_otco"
 
 
 def bert_tiny_folder() -> Path:
@@ -119,12 +123,10 @@ def _check_hub(name: str, tower: str) -> str | None:
 
     if not constants.HF_HUB_OFFLINE:
         return None
-    wanted = (("config.json",), ("tokenizer.json", "vocab.txt"), ("model.safetensors", "pytorch_model.bin"))
-    for choice in wanted:
-        if not any(isinstance(try_to_load_from_cache(tower, file), str) for file in choice):
-            cure = f"unset HF_HUB_OFFLINE to fetch it once, or let {BERT} name a local BERT folder"
-            if tower != _BASE:
-                cure = "unset HF_HUB_OFFLINE to fetch it once, or let hf_model_name in the configuration name a folder"
-            state = f"is not in the local cache (no {choice[0]}), and the hub is off"
-            return f"model {name}: its text tower {tower} {state}; {cure}"
-    return None
+    # The configuration alone: which other files a tower needs is for transformers to know.
+    if isinstance(try_to_load_from_cache(tower, "config.json"), str):
+        return None
+    cure = f"unset HF_HUB_OFFLINE to fetch it once, or let {BERT} name a local BERT folder"
+    if tower != _BASE:
+        cure = "unset HF_HUB_OFFLINE to fetch it once, or let hf_model_name in the configuration name a folder"
+    return f"model {name}: its text tower {tower} is not in the local cache, and the hub is off; {cure}"

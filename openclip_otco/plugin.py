@@ -7,13 +7,13 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from openclip_otco.cache import FeatureWindow, PlanCache
 from openclip_otco.callback import PlanCacheCallback
 from openclip_otco.captions import caption_problem
 from openclip_otco.loss import OTCOLoss
-from openclip_otco.models import check_model, prepare_model, register_models
+from openclip_otco.models import check_model, model_configs, prepare_model, register_models
 from openclip_otco.solver import INITIAL_PLANS, PlanSolver
 
 
@@ -59,6 +59,8 @@ OPTIONS = (
            "0 or more"),
     Option("--otco-confidence", 0.25, "Power of the plan confidence that weighs each pair, 0 = off.", _weight,
            "0 or more"),
+    Option("--otco-least-share", 0.5, "Least effective share of the batch that confidence leaves, 0 = no limit.",
+           lambda value: 0 <= value <= 1, "in [0, 1]"),
     Option("--otco-divergence-weight", 0.0, "Weight of the Sinkhorn divergence between images and texts, 0 = off.",
            _weight, "0 or more"),
     Option("--otco-warmup", 0.05, "Share of all steps before confidence and transported pairs act.",
@@ -97,12 +99,14 @@ class OTCOPlugin:
         try:
             prepare_model(args.model)
         except RuntimeError as error:
-            parser.error(f"argument --model: {error}")
+            _end(parser, f"argument --model: {error}")
+        if (args.loss in self.losses or args.model in model_configs()) and (problem := check_model(args.model)):
+            _end(parser, f"argument --model: {problem}")
         if args.loss in self.losses:
             for option in given:
                 value = getattr(args, option.dest)
                 if not option.accepts(value):
-                    parser.error(f"argument {option.flag}: must be {option.rule}, got {value}")
+                    _end(parser, f"argument {option.flag}: must be {option.rule}, got {value}")
             self._check_run(parser, args)
         elif given:
             flags = ", ".join(option.flag for option in given)
@@ -114,6 +118,7 @@ class OTCOPlugin:
             transport_weight=args.otco_transport_weight,
             divergence_weight=args.otco_divergence_weight,
             epsilon=args.otco_epsilon,
+            least_share=args.otco_least_share,
             local_loss=args.local_loss,
             gather_with_grad=args.gather_with_grad,
             cache_labels=True,
@@ -146,14 +151,18 @@ class OTCOPlugin:
         ]
 
     def _check_run(self, parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-        if problem := check_model(args.model):
-            parser.error(f"argument --model: {problem}")
         if "coca" in args.model.lower():
-            parser.error("argument --loss: otco does not train CoCa models; choose a CLIP model or --loss clip")
+            _end(parser, "argument --loss: otco does not train CoCa models; choose a CLIP model or --loss clip")
         if args.distill_model is not None or args.distill_pretrained is not None:
-            parser.error("argument --loss: otco does not distill; drop --distill-model or use --loss clip")
-        webdataset = args.dataset_type == "webdataset" or (
-            args.dataset_type == "auto" and ".tar" in str(args.train_data)
-        )
-        if webdataset and args.train_data and (problem := caption_problem(args.train_data)):
-            parser.error(f"argument --train-data: {problem}")
+            _end(parser, "argument --loss: otco does not distill; drop --distill-model or use --loss clip")
+        for flag, data in (("--train-data", args.train_data), ("--val-data", args.val_data)):
+            # OpenCLIP's own rule for what `auto` takes for shards.
+            shards = args.dataset_type == "webdataset" or (args.dataset_type == "auto" and str(data).endswith(".tar"))
+            if data and shards and (problem := caption_problem(data)):
+                _end(parser, f"argument {flag}: {problem}")
+
+
+def _end(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """Ends as `parser.error` does, without the usage: OpenCLIP's fills a screen, above which the message is lost."""
+    parser.exit(2, f"{parser.prog}: error: {message}\n")
+    raise AssertionError("parser.exit returned")

@@ -128,6 +128,20 @@ def test_state_survives_a_checkpoint_without_code():
     assert torch.equal(restored_window.features()[1], window.features()[1])
 
 
+@pytest.mark.parametrize(("steps", "max_support"), [(8, 512), (4, 8192), (1, 100)])
+def test_a_smaller_window_takes_what_it_has_room_for(steps, max_support):
+    large, small = FeatureWindow(8, 8192), FeatureWindow(steps, max_support)
+    for step in range(7):
+        large.add(tagged(1000, step), tagged(1000, step), step)
+    small.load_state_dict(large.state_dict())
+    assert not small.full
+    small.add(tagged(1000, 7), tagged(1000, 7), 7)
+    images, texts = small.features()
+    assert len(images) <= max_support
+    assert torch.equal(images, texts)
+    assert images[:, 0].unique().tolist() == list(range(8 - len(small), 8))
+
+
 def test_a_smaller_cache_takes_the_newest_plans_of_a_larger_one():
     large, small = PlanCache(4), PlanCache(1)
     for step in (0, 8, 16):

@@ -21,8 +21,10 @@ class Writer:
 
 
 class FailingSolver(PlanSolver):
+    error: type[Exception] = RuntimeError
+
     def solve(self, *args, **kwargs):
-        raise RuntimeError("no plan today")
+        raise self.error("no plan today")
 
 
 def make_callback(window=4, cache=2, solver=None, **settings) -> PlanCacheCallback:
@@ -71,10 +73,23 @@ def test_a_plan_that_fails_is_counted_and_the_last_good_one_stays(caplog):
         train(callback, range(4, 8))
     assert callback.loss.newest is good
     assert (callback.made, callback.skipped) == (1, 1)
-    assert "OTCO plan at step 7 skipped, going on with the last good one: no plan today" in caplog.text
+    assert "OTCO plan at step 7 skipped, going on with the last good one. RuntimeError: no plan today" in caplog.text
     callback.solver = PlanSolver()
     train(callback, range(8, 12))
     assert callback.loss.newest.step == 11
+
+
+@pytest.mark.parametrize("error", [MemoryError, AssertionError, TypeError])
+def test_no_failure_of_a_plan_ends_training_and_one_that_lasts_is_not_told_each_time(caplog, monkeypatch, error):
+    monkeypatch.setattr(FailingSolver, "error", error)
+    callback = make_callback(window=1, solver=FailingSolver(), log_every=10)
+    callback.on_train_start(step=0, total_steps=100)
+    train(callback, range(20))
+    assert callback.skipped == 20
+    assert [record.message.split(" skipped")[0] for record in caplog.records] == [
+        "OTCO plan at step 0",
+        "OTCO plan at step 10",
+    ]
 
 
 def test_a_batch_of_nan_costs_its_pairs_only():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
 
@@ -46,16 +47,37 @@ def test_the_second_source_is_looked_at_too(tmp_path):
     assert bad in caption_problem(f"{good}::{bad}")
 
 
-def test_a_missing_shard_of_a_range_is_named(tmp_path):
-    write_shard(tmp_path / "0.tar", ["a.jpg", "a.txt"])
-    assert str(tmp_path / "1.tar") + " does not exist" in caption_problem(str(tmp_path / "{0..1}.tar"))
+def test_a_gap_in_a_range_is_open_clips_to_skip(tmp_path):
+    write_shard(tmp_path / "1.tar", ["a.jpg", "a.txt"])
+    assert caption_problem(str(tmp_path / "{0..3}.tar")) is None
 
 
-def test_what_is_no_tar_is_said(tmp_path):
-    (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
-    assert "no readable tar" in caption_problem(str(tmp_path / "a.tar"))
+def test_a_range_without_any_shard_is_named(tmp_path):
+    problem = caption_problem(str(tmp_path / "{0..3}.tar"))
+    assert problem.startswith(f"none of the 4 shards of {tmp_path}")
 
 
-@pytest.mark.parametrize("remote", ["pipe:aws s3 cp s3://bucket/a.tar -", "https://example.org/{0..3}.tar"])
+def test_braces_that_do_not_match_are_said(tmp_path):
+    problem = caption_problem(str(tmp_path / "{0..3.tar"))
+    assert problem.startswith("cannot expand ")
+    assert "\n" not in problem
+
+
+def test_an_empty_source_is_passed_over(tmp_path):
+    shard = write_shard(tmp_path / "a.tar", ["a.jpg", "a.txt"])
+    assert caption_problem(f"{shard}::") is None
+
+
+@pytest.mark.parametrize("content", [b"", b"no tar at all" * 100, gzip.compress(b"x" * 5000)[:-10]])
+def test_what_is_no_tar_is_said(tmp_path, content):
+    (tmp_path / "a.tar").write_bytes(content)
+    problem = caption_problem(str(tmp_path / "a.tar"))
+    assert "no readable tar" in problem or "no captions" in problem
+    assert "\n" not in problem
+
+
+@pytest.mark.parametrize(
+    "remote", ["pipe:aws s3 cp s3://bucket/a.tar -", "https://example.org/{0..3}.tar", "-", "file:a.tar"]
+)
 def test_remote_shards_are_not_looked_at(remote):
     assert caption_problem(remote) is None

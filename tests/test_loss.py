@@ -16,7 +16,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from openclip_otco import OTCOLoss, PlanSolver, TransportPlan
-from openclip_otco.loss import LEAST_EFFECTIVE_SHARE, Features, tempered
+from openclip_otco.loss import Features, tempered
 
 SCALE = torch.tensor(14.2857)
 
@@ -40,15 +40,15 @@ def info_nce(x: Tensor, y: Tensor, scale: float, weights: Tensor) -> Tensor:
     return (weights.double() * per_pair).mean()
 
 
-def reference_weights(confidence: Tensor, gamma: float) -> Tensor:
-    """`c ∝ confidence^γ'`, mean 1, the power lowered by bisection until half of the batch carries the loss."""
+def reference_weights(confidence: Tensor, gamma: float, least_share: float) -> Tensor:
+    """`c ∝ confidence^γ'`, mean 1, the power lowered by bisection until that share of the batch carries the loss."""
 
     def weights(power: float) -> Tensor:
         raised = confidence.double() ** power
         return raised / raised.mean()
 
     def excess(power: float) -> float:
-        return float(1 / weights(power).square().mean()) - LEAST_EFFECTIVE_SHARE
+        return float(1 / weights(power).square().mean()) - least_share
 
     return weights(gamma if excess(gamma) >= 0 else brentq(excess, 0, gamma))
 
@@ -81,21 +81,24 @@ def test_logit_bias_acts_as_in_clip_loss():
     assert torch.equal(OTCOLoss()(images, texts, SCALE, bias), ClipLoss()(images, texts, SCALE, bias))
 
 
-@pytest.mark.parametrize(("gamma", "transport", "count"), [(0.1, 0.0, 1), (0.0, 0.7, 1), (2.0, 0.5, 2)])
-def test_the_loss_is_its_formula(plan, gamma, transport, count):
+@pytest.mark.parametrize(
+    ("gamma", "least_share", "transport", "count"),
+    [(0.1, 0.0, 0.0, 1), (2.0, 0.0, 0.5, 2), (0.0, 0.0, 0.7, 1), (0.1, 0.5, 0.0, 1), (2.0, 0.5, 0.5, 2)],
+)
+def test_the_loss_is_its_formula(plan, gamma, least_share, transport, count):
     other = PlanSolver(0.1).solve(*paired_features(96, seed=3), step=8)
     drawn = [plan, other][:count]
     images, texts = paired_features(32, seed=2)
     texts = torch.cat([texts[:20], texts[20:].roll(1, 0)])
-    loss = OTCOLoss(confidence=gamma, transport_weight=transport)
+    loss = OTCOLoss(confidence=gamma, transport_weight=transport, least_share=least_share)
     loss.set_plans(drawn, newest=other)
     losses = loss(images, texts, SCALE, output_dict=True)
 
-    weights = reference_weights(other.confidence(images, texts), gamma)
+    weights = reference_weights(other.confidence(images, texts), gamma, least_share)
     scale = float(SCALE)
     expected = info_nce(images, texts, scale, weights)
     # Where the power is lowered, the loss takes the next one of a grid.
-    tolerance = {"rtol": 5e-2 if gamma > 1 else 1e-4, "atol": 1e-6}
+    tolerance = {"rtol": 5e-2 if gamma > 1 and least_share else 1e-4, "atol": 1e-6}
     torch.testing.assert_close(losses["contrastive_loss"].double(), expected, **tolerance)
     if transport:
         terms = [
@@ -124,7 +127,7 @@ def test_weights_have_mean_one_and_no_gradient(plan):
 @given(
     logs=st.lists(st.floats(-50, 0, width=32), min_size=1, max_size=40),
     power=st.floats(0, 8),
-    least=st.sampled_from([0.1, 0.5, 0.9]),
+    least=st.sampled_from([0.0, 0.1, 0.5, 0.9]),
 )
 def test_tempering_keeps_the_share_and_no_more(logs, power, least):
     log_confidence = torch.tensor(logs)
@@ -170,7 +173,7 @@ def test_divergence_is_added_with_its_weight():
 def test_a_nan_in_the_batch_is_left_to_the_training_loop(plan):
     images, texts = paired_features(32, seed=2)
     images[3] = float("nan")
-    loss = OTCOLoss(confidence=1.0, transport_weight=0.5)
+    loss = OTCOLoss(confidence=1.0, transport_weight=0.5, divergence_weight=0.1, least_share=0.5)
     loss.set_plans([plan], plan)
     assert torch.isnan(loss(images, texts, SCALE))
 
@@ -187,7 +190,7 @@ def test_autocast_features_train(plan, dtype):
     assert images.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("name", ["confidence", "transport_weight", "divergence_weight"])
+@pytest.mark.parametrize("name", ["least_share", "confidence", "transport_weight", "divergence_weight"])
 def test_negative_weights_are_refused(name):
     with pytest.raises(ValueError, match=name):
         OTCOLoss(**{name: -0.1})
@@ -205,6 +208,7 @@ def _rank(rank: int, world: int, port: int, folder: Path) -> None:
         with_plan = OTCOLoss(confidence=1.0, transport_weight=0.5, **settings)
         with_plan.set_plans([plan], plan)
         losses = {"clip": ClipLoss(**settings), "without": OTCOLoss(confidence=1.0, **settings), "with": with_plan}
+        losses["divergence"] = OTCOLoss(confidence=0, divergence_weight=2.0, **settings)
         for name, loss in losses.items():
             out[f"{name}-{local_loss}-{gather_with_grad}"] = gradients(loss, images, texts)
         assert all(torch.equal(x, y) for x, y in zip(with_plan.gathered, everyone, strict=True))
@@ -247,10 +251,17 @@ def test_two_ranks_with_plans_equal_one(two_ranks, plan, local_loss, gather_with
         torch.testing.assert_close(spread, expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize(("local_loss", "gather_with_grad"), SETTINGS)
+def test_the_divergence_reaches_the_features_of_every_rank(two_ranks, local_loss, gather_with_grad):
+    for rank in two_ranks:
+        ours, clip = (rank[f"{name}-{local_loss}-{gather_with_grad}"] for name in ("divergence", "clip"))
+        assert all(not torch.equal(ours[index], clip[index]) for index in (0, 1, 2))
+
+
 def test_the_docstring_example_runs(plan):
     image_features, text_features = paired_features(8)
     image_features.requires_grad_()
-    loss = OTCOLoss(confidence=1.0)
+    loss = OTCOLoss(confidence=0.25, least_share=0.5)
     loss.set_plans([plan], newest=plan)
     losses = loss(image_features, text_features, SCALE, output_dict=True)
     sum(losses.values()).backward()

@@ -9,6 +9,7 @@ import pytest
 from test_captions import write_shard
 
 from openclip_otco import OTCOLoss
+from openclip_otco.models import register_models
 from openclip_otco.plugin import OPTIONS, OTCOPlugin
 
 # The parts of OpenCLIP's arguments that the plugin reads.
@@ -18,6 +19,7 @@ OPEN_CLIP = {
     "distill_pretrained": None,
     "dataset_type": "auto",
     "train_data": None,
+    "val_data": None,
     "horovod": False,
     "local_loss": True,
     "gather_with_grad": False,
@@ -78,6 +80,7 @@ def test_help_gives_each_flag_its_default(plugin, capsys):
         ("--otco-epsilon", "nan"),
         ("--otco-additive-error", "0"),
         ("--otco-additive-error", "1.01"),
+        ("--otco-least-share", "1.5"),
         ("--otco-warmup", "-0.1"),
         ("--otco-warmup", "1.1"),
         ("--otco-confidence", "-1"),
@@ -94,7 +97,9 @@ def test_bad_values_end_with_one_line_and_code_2(parse, capsys, flag, value):
     with pytest.raises(SystemExit) as ended:
         parse(flag, value)
     assert ended.value.code == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 or value in ("best", "many")  # argparse's own errors come with its usage
+    error = error[-1]
     assert error.startswith(f"main: error: argument {flag}: ")
     assert value in error
 
@@ -104,7 +109,7 @@ def test_bad_values_end_with_one_line_and_code_2(parse, capsys, flag, value):
     [
         ({"model": "coca_ViT-B-32"}, "CoCa"),
         ({"distill_model": "ViT-B-32"}, "distill"),
-        ({"train_data": "nowhere/{0..3}.tar"}, "does not exist"),
+        ({"train_data": "nowhere/{0..3}.tar"}, "none of the 4 shards"),
     ],
 )
 def test_runs_that_cannot_train_end_with_one_line_and_code_2(parse, capsys, open_clip, message):
@@ -119,11 +124,26 @@ def test_shards_without_captions_end_before_training(parse, capsys, tmp_path):
     with pytest.raises(SystemExit) as ended:
         parse(train_data=shard)
     assert ended.value.code == 2
-    assert "holds no captions" in capsys.readouterr().err
+    assert "argument --train-data: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(val_data=shard)
+    assert "argument --val-data: " in capsys.readouterr().err
 
 
-def test_a_csv_is_not_taken_for_shards(parse):
-    parse(train_data="pairs.csv")
+@pytest.mark.parametrize("data", ["pairs.csv", "cc.tar.d/pairs.csv", None])
+def test_what_open_clip_takes_for_no_shards_is_not_looked_at(parse, data):
+    parse(train_data=data)
+
+
+def test_a_missing_bert_folder_ends_with_one_line_whatever_the_loss(parse, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENCLIP_OTCO_BERT", str(tmp_path / "nowhere"))
+    register_models()
+    for loss in ("otco", "clip"):
+        with pytest.raises(SystemExit) as ended:
+            parse(loss=loss, model="RN50-bert-base-uncased")
+        assert ended.value.code == 2
+        (error,) = capsys.readouterr().err.strip().splitlines()
+        assert str(tmp_path / "nowhere") in error
 
 
 def test_flags_without_the_loss_warn_and_train(parse):
@@ -143,12 +163,13 @@ def test_loss_and_callback_get_the_flags(plugin, parse):
         "--otco-confidence", "2", "--otco-transport-weight", "0.25", "--otco-divergence-weight", "0.5",
         "--otco-epsilon", "0.07", "--otco-window", "3", "--otco-cache-size", "5", "--otco-plans-per-step", "2",
         "--otco-warmup", "0.2", "--otco-max-support", "99", "--otco-initial-plan", "emd",
-        "--otco-additive-error", "0.3",
+        "--otco-additive-error", "0.3", "--otco-least-share", "0.4",
     )  # fmt: skip
     loss = plugin.create_loss(args)
     assert isinstance(loss, OTCOLoss)
     assert (loss.confidence, loss.transport_weight, loss.divergence_weight, loss.epsilon) == (2, 0.25, 0.5, 0.07)
     assert loss.local_loss
+    assert loss.least_share == 0.4
     (callback,) = plugin.create_callbacks(args, loss)
     assert (callback.window.steps, callback.window.max_support, callback.cache.size) == (3, 99, 5)
     assert (callback.plans_per_step, callback.warmup, callback.log_every) == (2, 0.2, 10)

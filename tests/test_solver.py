@@ -89,6 +89,11 @@ def test_features_that_are_not_finite_are_refused():
         PlanSolver().solve(images, texts)
 
 
+def test_a_plan_far_from_its_marginals_is_refused():
+    with pytest.raises(RuntimeError, match=r"from its marginals after 2 iterations at epsilon=0\.001"):
+        PlanSolver(0.001, "none", max_iterations=2).solve(*paired_features(60, noise=3))
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

@@ -77,6 +77,15 @@ def test_resumes_into_and_out_of_otco(lab: Lab, patched: Path, otco: Run) -> Non
 
 
 @pytest.mark.training
+def test_an_accumulated_step_enters_the_window_once(lab: Lab, patched: Path) -> None:
+    options = ("--loss", "otco", *FEW_STEPS, "--accum-freq", "2", "--otco-window", "1")
+    run = lab.start("otco-accum", patched, OTCO, *options).wait()
+    state = run.checkpoint(1)["plugins"]["otco"]
+    assert state["made"] == 2  # 32 samples: two steps of two batches of 8
+    assert all(plan["image_features"].shape == (16, 16) for plan in state["cache"]["plans"])
+
+
+@pytest.mark.training
 def test_two_ranks_hold_the_same_plans_and_train(lab: Lab, patched: Path) -> None:
     options = ("--loss", "otco", *FEW_STEPS, "--local-loss", "--gather-with-grad", "--otco-window", "1")
     run = lab.start("otco-ranks", patched, OTCO, *options, ranks=2).wait()

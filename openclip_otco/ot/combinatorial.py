@@ -12,7 +12,6 @@ result does not change when a constant is added to the cost.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -64,7 +63,7 @@ def combinatorial_plan(
         return certified(cost, row_mass, col_mass, rows, cols, mass, torch.zeros_like(col_mass))
     slack = additive_error * (high - low)
 
-    def solve(most_rounds: float) -> SparsePlan:
+    def solve(most_rounds: int) -> SparsePlan:
         if uniform:
             owner, price, rounds = _auction(cost, low, slack, additive_error, seed, most_rounds)
             rows, cols, mass = owner, torch.arange(len(owner), device=owner.device), col_mass.clone()
@@ -77,7 +76,7 @@ def combinatorial_plan(
     # Price wars, where many rows fight for few columns a step at a time, can take 1/δ² rounds. What is free when the
     # rounds run out is placed all the same; the certificate then tells whether that was good enough.
     exact_is_at_hand = cost.shape[0] * cost.shape[1] <= EXACT_ENTRIES
-    plan = solve(MOST_ROUNDS if exact_is_at_hand else math.inf)
+    plan = solve(MOST_ROUNDS if exact_is_at_hand else 20 * MOST_ROUNDS)
     if plan.rounds >= MOST_ROUNDS and exact_is_at_hand and plan.additive_error > additive_error:
         return exact_plan(cost, a, b)
     return plan
@@ -126,7 +125,7 @@ class _Bids:
 
 
 def _auction(
-    cost: Cost, low: float, slack: float, delta: float, seed: int, most_rounds: float
+    cost: Cost, low: float, slack: float, delta: float, seed: int, most_rounds: int
 ) -> tuple[Tensor, Tensor, int]:
     """The row that owns each column `(n,)`, the columns' prices `(n,)` in units of the cost, and the rounds taken.
 
@@ -174,7 +173,7 @@ def _place_rest(cost: Cost, owner: Tensor, free: Tensor) -> None:
 
 
 def _push_relabel(
-    cost: Cost, low: float, slack: float, delta: float, a: Tensor, b: Tensor, seed: int, most_rounds: float
+    cost: Cost, low: float, slack: float, delta: float, a: Tensor, b: Tensor, seed: int, most_rounds: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """Entries `(rows, cols, mass)`, the columns' prices `(m,)` in units of the cost, and the rounds taken.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ot as pot
 import torch
 from torch import Tensor
 
@@ -24,6 +23,9 @@ def exact_plan(
     Raises:
         RuntimeError: the simplex did not finish.
     """
+    # Not at the top: POT looks for JAX, TensorFlow and CuPy when it is imported, and only this function needs it.
+    import ot as pot
+
     cost = as_cost(cost)
     row_mass, col_mass = marginals(cost, a, b)
     matrix = cost.rows(slice(0, cost.shape[0])).double().cpu()
