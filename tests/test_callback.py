@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
+import types
 
 import pytest
 import torch
@@ -125,6 +127,17 @@ def test_every_plan_goes_to_the_writer_on_the_step_axis():
     }  # fmt: skip
     assert {step for _, _, step in writer.scalars} == {3, 7}
     assert all(isinstance(value, float | int) for _, value, _ in writer.scalars)
+
+
+def test_every_plan_goes_to_wandb_on_the_step_axis(monkeypatch):
+    logged = []
+    fake = types.SimpleNamespace(log=lambda metrics, step: logged.append((step, metrics)))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    callback = make_callback(wandb=True)
+    callback.on_train_start(step=0, total_steps=100)
+    train(callback, range(8))
+    assert [step for step, _ in logged] == [3, 7]
+    assert logged[1][1]["train/otco_objective"] == callback.cache[7].diagnostics["objective"]
 
 
 def test_the_log_line_comes_at_open_clips_pace(caplog):
