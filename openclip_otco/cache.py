@@ -42,13 +42,8 @@ class FeatureWindow:
         return len(self) >= self.steps
 
     def add(self, image_features: Tensor, text_features: Tensor, step: int) -> None:
-        """Takes the `(B, d)` features of one step; pairs with a NaN or an infinity are left out and counted."""
+        """Takes the `(B, d)` features of one step."""
         images, texts = image_features.detach().float(), text_features.detach().float()
-        finite = torch.isfinite(images).all(dim=1) & torch.isfinite(texts).all(dim=1)
-        lost = len(finite) - int(finite.sum())
-        if lost:
-            self.dropped += lost
-            images, texts = images[finite], texts[finite]
         # The k-th step gets the k-th part of the cap, so that the parts add up to it exactly.
         k = len(self)
         quota = self.max_support * (k + 1) // self.steps - self.max_support * k // self.steps
@@ -59,16 +54,22 @@ class FeatureWindow:
         self._batches.append((images.clone(), texts.clone()))
 
     def features(self) -> tuple[Tensor, Tensor]:
-        """Image and text features, `(N, d)` each, of the whole window.
+        """Image and text features, `(N, d)` each, of the whole window; pairs with a NaN or an infinity are left out
+        and counted in `dropped`.
 
         Raises:
             ValueError: there are none.
         """
-        batches = [batch for batch in self._batches if len(batch[0])]
-        if not batches:
+        if not self._batches:
+            raise ValueError("the window is empty")
+        images, texts = (torch.cat(features) for features in zip(*self._batches, strict=True))
+        # Here and not in `add`: a GPU would have to be waited for at every step.
+        finite = torch.isfinite(images).all(dim=1) & torch.isfinite(texts).all(dim=1)
+        left = int(finite.sum())
+        self.dropped += len(finite) - left
+        if not left:
             raise ValueError("the window holds no finite features")
-        images, texts = zip(*batches, strict=True)
-        return torch.cat(images), torch.cat(texts)
+        return images[finite], texts[finite]
 
     def clear(self) -> None:
         self._batches.clear()

@@ -62,9 +62,15 @@ def test_pairs_that_are_not_finite_are_left_out_and_counted(bad):
     images[1, 0] = bad
     texts[3, 1] = bad
     window.add(images, texts, step=0)
+    images, texts = window.features()
+    assert images[:, 1].tolist() == [0, 2, 4]
+    assert torch.equal(images, texts)
     assert window.dropped == 2
-    assert window.features()[0][:, 1].tolist() == [0, 2, 4]
-    assert torch.equal(*window.features())
+
+
+def test_an_empty_window_says_so():
+    with pytest.raises(ValueError, match="empty"):
+        FeatureWindow(1).features()
 
 
 def test_a_window_of_nothing_finite_says_so():
