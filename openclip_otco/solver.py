@@ -14,7 +14,7 @@ from openclip_otco.ot.divergence import plan_rows, sinkhorn_divergence
 from openclip_otco.plan import TransportPlan
 
 INITIAL_PLANS = ("combinatorial", "emd", "previous", "none")
-# The drift between windows is a monitor, so a few hundred points of each are enough; they cost a hundredth of the plan.
+# The drift between windows is a monitor: a few hundred points of each are enough, and it must not outweigh the plan.
 _DRIFT_SUPPORT = 512
 # A plan whose L1 marginal error stays above this is no coupling, and its confidence would mean nothing.
 _WORST_ERROR = 0.1

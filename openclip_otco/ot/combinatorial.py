@@ -4,7 +4,7 @@ Lahn, Mulchandani, Raghvendra, *A graph theoretic additive approximation of opti
 Raghvendra, Zhang, *A combinatorial algorithm for approximating the optimal transport in the parallel and MPC settings*,
 NeurIPS 2023. With uniform marginals and `n = m` the same idea is Bertsekas' Jacobi auction (*Annals of Operations
 Research* 14, 1988). Every round is a few row operations over the rows that are still free, so it runs on a GPU; it
-stops when a share of about `δ` of the mass is free, and places that rest greedily.
+stops when a share of less than `δ` of the mass is free, and places that rest.
 
 The range `R = max C - min C` stands for `max(C)` everywhere: the bound is no weaker, as costs are non-negative, and the
 result does not change when a constant is added to the cost.
@@ -42,6 +42,9 @@ def combinatorial_plan(
 ) -> SparsePlan:
     """A coupling with `<σ, C> <= OPT + δ·(max C - min C)` and exact marginals, with feasible duals.
 
+    The plan's `additive_error` is the error that its duals prove. It can exceed `δ` in one case: price wars on more
+    than `EXACT_ENTRIES` entries that have not ended after 20,000 rounds.
+
     Args:
         cost: `(n, m)` matrix or lazy cost.
         additive_error: `δ`, in `(0, 1]`.
@@ -77,7 +80,7 @@ def combinatorial_plan(
     # rounds run out is placed all the same; the certificate then tells whether that was good enough.
     exact_is_at_hand = cost.shape[0] * cost.shape[1] <= EXACT_ENTRIES
     plan = solve(MOST_ROUNDS if exact_is_at_hand else 20 * MOST_ROUNDS)
-    if plan.rounds >= MOST_ROUNDS and exact_is_at_hand and plan.additive_error > additive_error:
+    if exact_is_at_hand and plan.additive_error > additive_error:
         return exact_plan(cost, a, b)
     return plan
 
@@ -165,7 +168,7 @@ def _auction(
 
 
 def _place_rest(cost: Cost, owner: Tensor, free: Tensor) -> None:
-    """Gives the columns that nobody owns to the free rows, exactly: they are few."""
+    """Gives the columns that nobody owns to the free rows, exactly: unless the rounds ran out, they are few."""
     columns = torch.nonzero(owner < 0).squeeze(1)
     block = cost.rows(free)[:, columns]
     row, col = linear_sum_assignment(block.cpu().numpy())
