@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from openclip_otco.ot import CosineCost, combinatorial_plan, exact_plan, nearest_potentials, sinkhorn
-from openclip_otco.ot.cost import tiles
+from openclip_otco.ot.cost import Cost, held, tiles
 from openclip_otco.ot.divergence import plan_rows, sinkhorn_divergence
 from openclip_otco.plan import TransportPlan
 
@@ -69,7 +70,7 @@ class PlanSolver:
         started = time.perf_counter()
         with torch.no_grad(), torch.autocast(image_features.device.type, enabled=False):
             images, texts = image_features.detach().float(), text_features.detach().float()
-            cost = CosineCost(images, texts)
+            cost = held(CosineCost(images, texts))
             diagnostics: dict[str, float] = {}
             result = sinkhorn(
                 cost,
@@ -92,7 +93,7 @@ class PlanSolver:
         return TransportPlan(images, texts, result.f, result.g, self.epsilon, step, diagnostics)
 
     def _start(
-        self, cost: CosineCost, texts: Tensor, previous: TransportPlan | None, diagnostics: dict[str, float]
+        self, cost: Cost, texts: Tensor, previous: TransportPlan | None, diagnostics: dict[str, float]
     ) -> tuple[Tensor, Tensor] | None:
         candidates = []
         if self.initial_plan in ("combinatorial", "emd"):
@@ -110,17 +111,20 @@ class PlanSolver:
         return torch.zeros_like(g), g
 
 
-def _shape_of(cost: CosineCost, f: Tensor, g: Tensor, epsilon: float) -> dict[str, float]:
+def _shape_of(cost: Cost, f: Tensor, g: Tensor, epsilon: float) -> dict[str, float]:
     """Objective `<σ, C>`, entropy `-Σ σ log σ` in nats, and the mass on own pairs `Σ_i σ_ii`, in `[0, 1]`."""
-    n, m = cost.shape
-    a, b = torch.full_like(f, 1 / n), torch.full_like(g, 1 / m)
-    objective = entropy = own = 0.0
+    n = len(f)
+    a = torch.full_like(f, 1 / n)
+    objective, potentials = f.new_zeros(2, dtype=torch.float64)
     for tile in tiles(cost):
-        plan = plan_rows(cost, tile, f, g, epsilon, a, b)
-        objective += float(plan.mul(cost.rows(tile)).sum(dtype=torch.float64))
-        entropy += float(torch.special.entr(plan).sum(dtype=torch.float64))
-        own += float(plan.diagonal(offset=tile.start).sum(dtype=torch.float64))
-    return {"objective": objective, "entropy": entropy, "own_pair_mass": own}
+        plan = plan_rows(cost, tile, f, g, epsilon, a[tile], a)
+        potentials += (plan @ g + plan.sum(dim=1) * f[tile]).sum(dtype=torch.float64)
+        objective += plan.mul_(cost.rows(tile)).sum(dtype=torch.float64)
+    # log σ_ij = (f_i + g_j - C_ij)/ε - 2 log n
+    entropy = 2 * math.log(n) - (potentials - objective) / epsilon
+    own = torch.arange(n, device=f.device)
+    own_mass = ((f + g - cost.entries(own, own)) / epsilon).exp().sum(dtype=torch.float64) / n**2
+    return {"objective": float(objective), "entropy": float(entropy), "own_pair_mass": float(own_mass)}
 
 
 def _drift(before: Tensor, after: Tensor, epsilon: float) -> float:

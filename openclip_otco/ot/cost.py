@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol, TypeAlias
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-# Elements of a tile: 16 MiB of float32, small enough to stay near the cache and large enough to keep a GPU busy.
-TILE_ELEMENTS = 2**22
+# Elements of a tile. On a CPU 2 MiB of float32, which stay in the cache over the few operations that a tile sees; on a
+# GPU enough to keep it busy.
+TILE_ELEMENTS = 2**19
+GPU_TILE_ELEMENTS = 2**25
+# Up to this many entries a cost may be kept as a matrix: 256 MiB of float32.
+DENSE_ENTRIES = 8192 * 8192
 
 
 class Cost(Protocol):
@@ -25,7 +31,11 @@ class Cost(Protocol):
     def device(self) -> torch.device: ...
 
     def rows(self, index: slice | Tensor) -> Tensor:
-        """The rows `index` of the matrix, `(len(index), m)`; a fresh tensor that the caller may overwrite."""
+        """The rows `index` of the matrix, `(len(index), m)`, to be read only: they may be the cost's own memory."""
+        ...
+
+    def entries(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """`C[rows, cols]`, `(k,)`, of two indices `(k,)`."""
         ...
 
     def transposed(self) -> Cost:
@@ -34,6 +44,21 @@ class Cost(Protocol):
 
 
 CostLike: TypeAlias = "Cost | Tensor"
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def full_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """Runs a solver outside autocast, wherever it was called: potentials and costs are no place for half precision."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 class CosineCost:
@@ -75,6 +100,11 @@ class CosineCost:
     def rows(self, index: slice | Tensor) -> Tensor:
         return torch.mm(self.x[index], self.y.T).neg_().add_(1.0)
 
+    def entries(self, rows: Tensor, cols: Tensor) -> Tensor:
+        step = max(1, TILE_ELEMENTS // self.x.shape[1])
+        pairs = zip(rows.split(step), cols.split(step), strict=True)
+        return torch.cat([1.0 - (self.x[i] * self.y[j]).sum(dim=1) for i, j in pairs])
+
     def transposed(self) -> CosineCost:
         swapped = object.__new__(CosineCost)
         swapped.x, swapped.y = self.y, self.x
@@ -91,8 +121,12 @@ class DenseCost:
     def __init__(self, matrix: Tensor) -> None:
         if matrix.ndim != 2 or matrix.numel() == 0:
             raise ValueError(f"a cost must be a non-empty (n, m) matrix; got {tuple(matrix.shape)}")
+        if matrix.is_complex():
+            raise ValueError(f"a cost must be real; got {matrix.dtype}")
         self.matrix = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
-        if not bool(torch.isfinite(self.matrix).all()):
+        # The range shows NaN and infinity, at a twentieth of the time that `isfinite` takes.
+        self.range = _range(self.matrix)
+        if not all(map(math.isfinite, self.range)):
             raise ValueError("the cost matrix holds NaN or infinity; give forbidden pairs a large finite cost instead")
 
     @property
@@ -108,12 +142,48 @@ class DenseCost:
         return self.matrix.device
 
     def rows(self, index: slice | Tensor) -> Tensor:
-        return self.matrix[index].clone()
+        return self.matrix[index]
+
+    def entries(self, rows: Tensor, cols: Tensor) -> Tensor:
+        return self.matrix[rows, cols]
 
     def transposed(self) -> DenseCost:
         swapped = object.__new__(DenseCost)
-        swapped.matrix = self.matrix.T
+        swapped.matrix, swapped.range = self.matrix.T, self.range
         return swapped
+
+
+class RestrictedCost:
+    """Some rows and columns of a cost.
+
+    Args:
+        cost: `(n, m)`.
+        row_index, col_index: `(k,)` and `(l,)` indices of those to keep.
+    """
+
+    def __init__(self, cost: Cost, row_index: Tensor, col_index: Tensor) -> None:
+        self.cost, self.row_index, self.col_index = cost, row_index, col_index
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.row_index), len(self.col_index)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.cost.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.cost.device
+
+    def rows(self, index: slice | Tensor) -> Tensor:
+        return self.cost.rows(self.row_index[index])[:, self.col_index]
+
+    def entries(self, rows: Tensor, cols: Tensor) -> Tensor:
+        return self.cost.entries(self.row_index[rows], self.col_index[cols])
+
+    def transposed(self) -> RestrictedCost:
+        return RestrictedCost(self.cost.transposed(), self.col_index, self.row_index)
 
 
 def as_cost(cost: CostLike) -> Cost:
@@ -121,18 +191,44 @@ def as_cost(cost: CostLike) -> Cost:
     return DenseCost(cost) if isinstance(cost, Tensor) else cost
 
 
+def held(cost: Cost) -> Cost:
+    """The cost as a matrix, if it has no more than `DENSE_ENTRIES` entries: worth it for whoever goes over it often."""
+    n, m = cost.shape
+    return cost if isinstance(cost, DenseCost) or n * m > DENSE_ENTRIES else DenseCost(whole(cost))
+
+
+def whole(cost: Cost) -> Tensor:
+    """All rows of `cost`, `(n, m)`, to be read only."""
+    return cost.rows(slice(0, cost.shape[0]))
+
+
 def rows_per_tile(cost: Cost) -> int:
     """How many rows of `cost` may be asked for at a time."""
-    return max(1, TILE_ELEMENTS // cost.shape[1])
+    elements = GPU_TILE_ELEMENTS if cost.device.type == "cuda" else TILE_ELEMENTS
+    return max(1, elements // cost.shape[1])
 
 
 def tiles(cost: Cost) -> Iterator[slice]:
-    """Slices that cover the rows of `cost`, none with more than `TILE_ELEMENTS` entries (but at least one row)."""
+    """Slices that cover the rows of `cost`, none larger than a tile (but at least one row)."""
     n, step = cost.shape[0], rows_per_tile(cost)
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
+def workspaces(cost: Cost) -> Iterator[tuple[slice, Tensor]]:
+    """The `tiles`, each with memory of its shape to work in: the same one all the time, as to have the system map new
+    pages for every tile can cost more than the work."""
+    memory = torch.empty(min(rows_per_tile(cost), cost.shape[0]), cost.shape[1], dtype=cost.dtype, device=cost.device)
+    return ((tile, memory[: tile.stop - tile.start]) for tile in tiles(cost))
+
+
 def cost_range(cost: Cost) -> tuple[float, float]:
     """The least and the greatest entry of `cost`, in one streamed pass."""
+    if isinstance(cost, DenseCost):
+        return cost.range
     low, high = zip(*(torch.aminmax(cost.rows(tile)) for tile in tiles(cost)), strict=True)
     return float(torch.stack(low).min()), float(torch.stack(high).max())
+
+
+def _range(matrix: Tensor) -> tuple[float, float]:
+    low, high = torch.stack(torch.aminmax(matrix)).tolist()
+    return low, high

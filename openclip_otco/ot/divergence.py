@@ -68,12 +68,12 @@ def _pull(cost: CosineCost, f: Tensor, g: Tensor, epsilon: float, a: Tensor, b: 
     """`σ y`, `(n, d)`, and `σᵀ x`, `(m, d)`, over tiles of the plan."""
     pulled_x, pulled_y = torch.zeros_like(cost.x), torch.zeros_like(cost.y)
     for tile in tiles(cost):
-        plan = plan_rows(cost, tile, f, g, epsilon, a, b)
+        plan = plan_rows(cost, tile, f, g, epsilon, a[tile], b)
         pulled_x[tile] = plan @ cost.y
         pulled_y += plan.T @ cost.x[tile]
     return pulled_x, pulled_y
 
 
 def plan_rows(cost: Cost, tile: slice, f: Tensor, g: Tensor, epsilon: float, a: Tensor, b: Tensor) -> Tensor:
-    """Rows `tile` of the entropic plan, `(len(tile), m)`."""
-    return cost.rows(tile).sub_(g).sub_(f[tile, None]).div_(-epsilon).exp_().mul_(a[tile, None]).mul_(b)
+    """Rows `tile` of the entropic plan, `(len(tile), m)`; `a` holds the masses of those rows only."""
+    return cost.rows(tile).sub(g).sub_(f[tile, None]).div_(-epsilon).exp_().mul_(a[:, None]).mul_(b)

@@ -4,7 +4,8 @@ Cuturi, *Sinkhorn distances*, NeurIPS 2013. The plan is `σ_ij = a_i b_j exp((f_
 `<σ, C> + ε KL(σ | a ⊗ b)` over the couplings of `a` and `b`. Where the kernel fits in memory the iterations are matrix-
 vector products with `exp((f_i + g_j - C_ij)/ε)`, whose potentials are absorbed whenever the scalings grow (Schmitzer,
 *Stabilized sparse scaling algorithms for entropy regularized transport problems*, SISC 2019); where it does not, they
-are row-wise log-sum-exps over tiles (as in FlashSinkhorn, arXiv:2602.03067), and no `(n, m)` matrix exists.
+stream over tiles (as in FlashSinkhorn, arXiv:2602.03067), and no `(n, m)` matrix exists. Either way Anderson
+acceleration takes the place of most iterations.
 """
 
 from __future__ import annotations
@@ -16,13 +17,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openclip_otco.ot.cost import Cost, CostLike, as_cost, tiles
+from openclip_otco.ot.anderson import Anderson
+from openclip_otco.ot.cost import (
+    Cost,
+    CostLike,
+    DenseCost,
+    RestrictedCost,
+    as_cost,
+    full_precision,
+    held,
+    tiles,
+    workspaces,
+)  # fmt: skip
 from openclip_otco.ot.marginals import marginals
-from openclip_otco.ot.sparse_plan import SparsePlan
+from openclip_otco.ot.sparse_plan import SparsePlan, feasible_duals
 
-# Above this many entries the kernel is not kept: 256 MiB of float32.
-DENSE_ENTRIES = 8192 * 8192
-# Scalings beyond exp(±30) are absorbed into the potentials: well inside float32, whose largest is exp(88).
+# Scalings beyond exp(30), or sums below exp(-60), are absorbed into the potentials: float32 ends at exp(±87).
 _ABSORB = 30.0
 
 Potentials = tuple[Tensor, Tensor]
@@ -34,7 +44,7 @@ class SinkhornResult:
 
     Attributes:
         f, g: `(n,)` and `(m,)`, in units of the cost.
-        iterations: pairs of half-steps taken, the first one included.
+        iterations: pairs of half-steps taken.
         marginal_error: L1 distance of the row sums from `a`, as measured; the column sums are `b` to rounding.
         converged: whether `marginal_error <= tol`.
         value: `<σ, C> + ε KL(σ | a ⊗ b)`, by the dual.
@@ -50,6 +60,7 @@ class SinkhornResult:
     epsilon: float
 
 
+@full_precision
 def sinkhorn(
     cost: CostLike,
     epsilon: float = 0.05,
@@ -81,23 +92,18 @@ def sinkhorn(
         )
     cost = as_cost(cost)
     row_mass, col_mass = (mass.to(cost.dtype) for mass in marginals(cost, a, b))
-    log_a, log_b = row_mass.log(), col_mass.log()
     g = _start(cost, init)
-
-    f = soft_ctransform(cost, g, epsilon, log_b)
-    g = soft_ctransform(cost.transposed(), f, epsilon, log_a)
-    iterations = 1
-    if cost.shape[0] * cost.shape[1] <= DENSE_ENTRIES:
-        f, g, error, iterations = _scale(cost, f, g, epsilon, row_mass, col_mass, tol, max_iterations)
+    held_rows, held_cols = (torch.nonzero(mass).squeeze(1) for mass in (row_mass, col_mass))
+    if (len(held_rows), len(held_cols)) == cost.shape:
+        f, g, error, iterations = _solve(cost, g, epsilon, row_mass, col_mass, tol, max_iterations)
     else:
-        while True:
-            next_f = soft_ctransform(cost, g, epsilon, log_b)
-            error = _marginal_error(row_mass, f, next_f, epsilon)
-            if error <= tol or iterations >= max_iterations:
-                break
-            f = next_f
-            g = soft_ctransform(cost.transposed(), f, epsilon, log_a)
-            iterations += 1
+        # What holds no mass takes no part. Its potentials follow from the others'.
+        part = RestrictedCost(cost, held_rows, held_cols)
+        part_mass = row_mass[held_rows], col_mass[held_cols]
+        f_held, g_held, error, iterations = _solve(part, g[held_cols], epsilon, *part_mass, tol, max_iterations)
+        f = soft_ctransform(cost, torch.zeros_like(g).index_copy_(0, held_cols, g_held), epsilon, col_mass.log())
+        f.index_copy_(0, held_rows, f_held)
+        g = soft_ctransform(cost.transposed(), f, epsilon, row_mass.log()).index_copy_(0, held_cols, g_held)
     # The last half-step made the columns exact, so the plan's mass is one and the dual has no third term.
     value = float(row_mass.double() @ f.double() + col_mass.double() @ g.double())
     return SinkhornResult(f, g, iterations, error, error <= tol, value, epsilon)
@@ -106,10 +112,14 @@ def sinkhorn(
 def soft_ctransform(cost: Cost, g: Tensor, epsilon: float, log_b: Tensor) -> Tensor:
     """`f_i = -ε log Σ_j b_j exp((g_j - C_ij)/ε)`, `(n,)`, streamed in tiles of rows."""
     bias = g / epsilon + log_b
-    parts = [torch.logsumexp(cost.rows(tile).div_(-epsilon).add_(bias), dim=1) for tile in tiles(cost)]
+    parts = [
+        torch.logsumexp(torch.div(cost.rows(tile), -epsilon, out=work).add_(bias), dim=1)
+        for tile, work in workspaces(cost)
+    ]
     return torch.cat(parts).mul_(-epsilon)
 
 
+@full_precision
 def nearest_potentials(
     cost: CostLike,
     candidates: Sequence[Tensor],
@@ -128,17 +138,10 @@ def nearest_potentials(
     row_mass, col_mass = (mass.to(cost.dtype) for mass in marginals(cost, a, b))
     errors = []
     for g in candidates:
-        f = soft_ctransform(cost, g, epsilon, col_mass.log())
-        next_g = soft_ctransform(cost.transposed(), f, epsilon, row_mass.log())
+        _, next_g = _streamed_step(cost, g, epsilon, row_mass, col_mass)
         error = _marginal_error(col_mass, g, next_g, epsilon)
         errors.append(math.inf if math.isnan(error) else error)
     return min(range(len(errors)), key=errors.__getitem__)
-
-
-def _marginal_error(mass: Tensor, held: Tensor, exact: Tensor, epsilon: float) -> float:
-    """L1 distance from `mass` of the marginal under potentials `held`, where `exact` would meet it."""
-    excess = torch.expm1((held - exact) / epsilon).abs()
-    return float(torch.where(mass > 0, mass * excess, 0.0).sum())
 
 
 def _start(cost: Cost, init: SparsePlan | SinkhornResult | Potentials | None) -> Tensor:
@@ -153,34 +156,96 @@ def _start(cost: Cost, init: SparsePlan | SinkhornResult | Potentials | None) ->
     return g.detach().to(device=cost.device, dtype=cost.dtype)
 
 
-def _scale(
-    cost: Cost, f: Tensor, g: Tensor, epsilon: float, a: Tensor, b: Tensor, tol: float, max_iterations: int
+def _solve(
+    cost: Cost, g: Tensor, epsilon: float, a: Tensor, b: Tensor, tol: float, max_iterations: int
 ) -> tuple[Tensor, Tensor, float, int]:
-    """Potentials, row error and iterations, by scaling the stored kernel; starts from columns that are exact."""
-    iterations = 1
-    while True:
-        kernel = torch.cat([_kernel(cost, tile, f, g, epsilon) for tile in tiles(cost)])
-        u, v = torch.ones_like(f), torch.ones_like(g)
-        while True:
-            row_sums = torch.mv(kernel, b * v)
-            error = float((a * (u * row_sums - 1).abs()).sum())
-            if error <= tol or iterations >= max_iterations:
-                return f + epsilon * u.log(), g + epsilon * v.log(), error, iterations
-            next_u = row_sums.reciprocal()
-            next_v = torch.mv(kernel.T, a * next_u).reciprocal()
-            iterations += 1
-            spread = float(torch.stack([next_u.log().abs().amax(), next_v.log().abs().amax()]).amax())
-            if not math.isfinite(spread):
-                # A row of the kernel underflowed: go on from the last finite scalings, with one step in the log domain.
-                f, g = f + epsilon * u.log(), g + epsilon * v.log()
-                f = soft_ctransform(cost, g, epsilon, b.log())
-                g = soft_ctransform(cost.transposed(), f, epsilon, a.log())
-                break
-            u, v = next_u, next_v
-            if spread > _ABSORB:
-                f, g = f + epsilon * u.log(), g + epsilon * v.log()
-                break
+    """Potentials with exact columns, their row error and the iterations taken, from `g`; all masses are positive."""
+    cost = held(cost)
+    if isinstance(cost, DenseCost):
+        kernel = _Kernel(cost, g, epsilon, a, b)
+        f, step = kernel.rows(g), kernel.step
+    else:
+        backward = cost.transposed()
+        f = soft_ctransform(cost, g, epsilon, b.log())
+        step = lambda f: _streamed_step(backward, f, epsilon, b, a)  # noqa: E731
+    acceleration = Anderson(a)
+    best = f, g, math.inf
+    iterations = 0
+    while best[2] > tol and iterations < max_iterations:
+        g, next_f = step(f)
+        iterations += 1
+        error = _marginal_error(a, f, next_f, epsilon)
+        if error < best[2] or iterations == 1:
+            best = f, g, error
+        f = acceleration.next(f, next_f, error)
+    return *best, iterations
 
 
-def _kernel(cost: Cost, tile: slice, f: Tensor, g: Tensor, epsilon: float) -> Tensor:
-    return cost.rows(tile).sub_(g).sub_(f[tile, None]).div_(-epsilon).exp_()
+def _marginal_error(mass: Tensor, potential: Tensor, exact: Tensor, epsilon: float) -> float:
+    """L1 distance from `mass` of the marginal under `potential`, where `exact` would meet it."""
+    excess = torch.expm1((potential - exact) / epsilon).abs()
+    return float(torch.where(mass > 0, mass * excess, 0.0).sum())
+
+
+def _streamed_step(cost: Cost, g: Tensor, epsilon: float, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """`f`, `(n,)`, from `g`, `(m,)`, and the next `g` from that, in one pass over the cost.
+
+    Once a tile's rows are exact its plan is at hand, `σ_ij = a_i softmax_j(...)`, and the column sums of the plan say
+    by how much `g` has to move.
+    """
+    bias = g / epsilon + b.log()
+    parts, column = [], torch.zeros_like(g)
+    for tile, work in workspaces(cost):
+        logits = torch.div(cost.rows(tile), -epsilon, out=work).add_(bias)
+        top = logits.amax(dim=1)
+        total = logits.sub_(top[:, None]).exp_().sum(dim=1)
+        parts.append(top.add_(total.log()))
+        column.addmv_(logits.T, a[tile] / total)
+    f = torch.cat(parts).mul_(-epsilon)
+    if bool((column < math.exp(-2 * _ABSORB) * b).any()):
+        # A column too dear for every row: its sum has underflowed, and only a logarithm of its own can tell.
+        return f, soft_ctransform(cost.transposed(), f, epsilon, a.log())
+    return f, torch.where(b > 0, g - epsilon * (column / b).log(), g)
+
+
+class _Kernel:
+    """`K_ij = exp((f_i + g_j - C_ij)/ε)` about feasible duals `f`, `g`: none of it above one, no row or column without
+    a one, so that products with it neither overflow nor vanish as long as potentials stay near."""
+
+    def __init__(self, cost: Cost, g: Tensor, epsilon: float, a: Tensor, b: Tensor) -> None:
+        self.cost, self.epsilon, self.a, self.b = cost, epsilon, a, b
+        self._centre(*feasible_duals(cost, g))
+
+    def _centre(self, f: Tensor, g: Tensor) -> None:
+        self.f, self.g = f, g
+        self.kernel = torch.empty(self.cost.shape, dtype=self.cost.dtype, device=self.cost.device)
+        # Denormal numbers are as good as zero, and would make both this and the products several times slower.
+        tiny = torch.finfo(self.kernel.dtype).tiny
+        for tile in tiles(self.cost):
+            kernel = torch.sub(self.cost.rows(tile), g, out=self.kernel[tile]).sub_(f[tile, None]).div_(-self.epsilon)
+            kernel.clamp_(min=math.log(tiny) + 1).exp_()
+            torch.threshold_(kernel, 4 * tiny, 0.0)
+
+    def rows(self, g: Tensor) -> Tensor:
+        """The `f`, `(n,)`, that makes the rows exact beside `g`, `(m,)`, about which the kernel was made."""
+        scaling = ((g - self.g) / self.epsilon).exp()
+        return self.f - self.epsilon * torch.mv(self.kernel, self.b * scaling).log()
+
+    def step(self, f: Tensor) -> tuple[Tensor, Tensor]:
+        """The `g`, `(m,)`, that makes the columns exact beside `f`, `(n,)`, and the next `f` from that."""
+        g, next_f, safe = self._step(f)
+        if not safe:
+            # About duals grown from the `g` that belongs to `f` no product is greater than `n`, or vanishes.
+            if not bool(g.isfinite().all()):
+                g, _ = feasible_duals(self.cost.transposed(), f)
+            self._centre(*feasible_duals(self.cost, g))
+            g, next_f, _ = self._step(f)
+        return g, next_f
+
+    def _step(self, f: Tensor) -> tuple[Tensor, Tensor, bool]:
+        weight = self.a * ((f - self.f) / self.epsilon).exp()
+        columns = torch.mv(self.kernel.T, weight)
+        rows = torch.mv(self.kernel, self.b / columns)
+        least = torch.minimum((columns / self.a.amax()).amin(), (rows / self.b.amax()).amin())
+        safe = (weight.amax() <= math.exp(_ABSORB)) & (least >= math.exp(-2 * _ABSORB)) & rows.isfinite().all()
+        return self.g - self.epsilon * columns.log(), self.f - self.epsilon * rows.log(), bool(safe)

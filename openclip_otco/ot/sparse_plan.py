@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openclip_otco.ot.cost import Cost, cost_range, rows_per_tile, tiles
+from openclip_otco.ot.cost import Cost, cost_range, workspaces
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,18 @@ class SparsePlan:
         return matrix.index_put_((self.rows, self.cols), self.mass, accumulate=True)
 
 
-def hard_ctransform(cost: Cost, g: Tensor) -> Tensor:
-    """`f_i = min_j (C_ij - g_j)`, `(n,)`: the greatest `f` that is feasible beside `g`, `(m,)`."""
-    return torch.cat([cost.rows(tile).sub_(g).amin(dim=1) for tile in tiles(cost)])
+def feasible_duals(cost: Cost, g: Tensor) -> tuple[Tensor, Tensor]:
+    """`f_i = min_j (C_ij - g_j)`, `(n,)`, and then `g_j = min_i (C_ij - f_i)`, `(m,)`, in one pass over the cost.
 
-
-def entries_of(cost: Cost, rows: Tensor, cols: Tensor) -> Tensor:
-    """`C[rows, cols]`, `(k,)`, a tile of rows at a time."""
-    step = rows_per_tile(cost)
-    parts = [
-        cost.rows(chunk).gather(1, cols[start : start + step, None]).squeeze(1)
-        for start, chunk in ((s, rows[s : s + step]) for s in range(0, len(rows), step))
-    ]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=cost.dtype, device=cost.device)
+    Two c-transforms make any `g` feasible and as great as it can be: `f_i + g_j <= C_ij`, with equality in each column.
+    """
+    rows, columns = [], torch.full_like(g, torch.inf)
+    for tile, work in workspaces(cost):
+        costs = cost.rows(tile)
+        least = torch.sub(costs, g, out=work).amin(dim=1)
+        columns = torch.minimum(columns, torch.sub(costs, least[:, None], out=work).amin(dim=0))
+        rows.append(least)
+    return torch.cat(rows), columns
 
 
 def certified(
@@ -62,12 +61,11 @@ def certified(
 ) -> SparsePlan:
     """The plan together with feasible duals grown from `g`, `(m,)`, and the gap that they prove.
 
-    Two c-transforms make any `g` feasible and as great as it can be, so the proof does not rest on the solver's own
-    bookkeeping, and neither does it on rounding: both sides are summed in float64.
+    The proof does not rest on the solver's own bookkeeping, and neither does it on rounding: both sides are summed in
+    float64.
     """
-    f = hard_ctransform(cost, g.to(cost.dtype))
-    g = hard_ctransform(cost.transposed(), f)
-    value = float(mass @ entries_of(cost, rows, cols).double())
+    f, g = feasible_duals(cost, g.to(cost.dtype))
+    value = float(mass @ cost.entries(rows, cols).double())
     bound = float(a @ f.double() + b @ g.double())
     low, high = cost_range(cost)
     error = max(0.0, value - bound) / (high - low) if high > low else 0.0

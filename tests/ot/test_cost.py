@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from openclip_otco.ot import CosineCost, DenseCost
+from openclip_otco.ot import CosineCost, DenseCost, combinatorial_plan, exact_plan, sinkhorn
 from openclip_otco.ot import cost as cost_module
-from openclip_otco.ot.cost import as_cost, cost_range, tiles
+from openclip_otco.ot.cost import RestrictedCost, as_cost, cost_range, tiles, whole
 from openclip_otco.ot.marginals import marginals
 
 
@@ -30,16 +30,39 @@ def test_cosine_cost_equals_the_matrix_of_the_features_as_given(dtype, atol):
     np.testing.assert_allclose(cost.transposed().rows(slice(2, 9)).numpy(), expected.T[2:9], atol=atol)
 
 
-@pytest.mark.parametrize("make", [lambda c: DenseCost(c), lambda c: CosineCost(c, unit(6, 4, 3))], ids=["dense", "cos"])
-def test_overwriting_rows_leaves_the_cost_alone(make):
-    features = unit(9, 4)
-    cost = make(features)
-    before = cost.rows(slice(0, 9)).clone()
-    cost.rows(slice(0, 9)).fill_(7)
-    cost.transposed().rows(slice(0, 2)).fill_(7)
-    cost.rows(torch.tensor([1, 2])).fill_(7)
-    assert torch.equal(cost.rows(slice(0, 9)), before)
-    assert torch.equal(features, unit(9, 4))
+@pytest.mark.parametrize(
+    "make", [lambda c: DenseCost(c @ c.T), lambda c: CosineCost(c, c.flip(0))], ids=["dense", "cos"]
+)
+def test_entries_and_restrictions_are_those_of_the_matrix(make):
+    cost = make(unit(9, 4))
+    matrix = whole(cost)
+    rows, cols = torch.tensor([0, 8, 8, 3]), torch.tensor([8, 0, 1, 3])
+    torch.testing.assert_close(cost.entries(rows, cols), matrix[rows, cols], atol=1e-14, rtol=0)
+    part, expected = RestrictedCost(cost, rows, cols[:3]), matrix[rows][:, cols[:3]]
+    assert part.shape == (4, 3)
+    torch.testing.assert_close(whole(part), expected, atol=1e-14, rtol=0)
+    torch.testing.assert_close(whole(part.transposed()), expected.T, atol=1e-14, rtol=0)
+    i, j = torch.tensor([3, 0]), torch.tensor([1, 2])
+    torch.testing.assert_close(part.entries(i, j), expected[i, j], atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize("solve", [combinatorial_plan, exact_plan, sinkhorn], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("n", "m"), [(9, 9), (9, 7)])
+def test_solvers_leave_the_matrix_alone(solve, n, m):
+    matrix = unit(9, 9)[:n, :m].contiguous()
+    before = matrix.clone()
+    solve(matrix)
+    assert torch.equal(matrix, before)
+
+
+@pytest.mark.parametrize("solve", [combinatorial_plan, sinkhorn], ids=lambda f: f.__name__)
+def test_autocast_outside_does_not_reach_the_numbers(solve):
+    cost = CosineCost(unit(30, 16, 1, torch.float32), unit(30, 16, 2, torch.float32))
+    plain = solve(cost)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = solve(cost)
+    assert torch.equal(plain.f, inside.f)
+    assert torch.equal(plain.g, inside.g)
 
 
 def test_features_that_require_grad_or_are_strided_are_taken_detached():

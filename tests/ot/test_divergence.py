@@ -201,7 +201,7 @@ def test_streaming_gives_value_and_gradient_of_the_kept_path(monkeypatch):
         return tile
 
     monkeypatch.setattr(cost_module.CosineCost, "rows", spying_rows)
-    monkeypatch.setattr(sinkhorn_module, "DENSE_ENTRIES", 0)
+    monkeypatch.setattr(cost_module, "DENSE_ENTRIES", 0)
     monkeypatch.setattr(cost_module, "TILE_ELEMENTS", 70)
     streamed = run()
     assert max(asked) <= 70

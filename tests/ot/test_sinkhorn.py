@@ -9,9 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import logsumexp
 
 from openclip_otco.ot import CosineCost, DenseCost, combinatorial_plan, exact_plan, nearest_potentials, sinkhorn
 from openclip_otco.ot import cost as cost_module
+from openclip_otco.ot.anderson import Anderson
 
 # The package's attribute of this name is the function.
 sinkhorn_module = importlib.import_module("openclip_otco.ot.sinkhorn")
@@ -49,7 +51,7 @@ def primal(plan, matrix, epsilon, a=None, b=None):
 
 
 def stream(monkeypatch, elements=150):
-    monkeypatch.setattr(sinkhorn_module, "DENSE_ENTRIES", 0)
+    monkeypatch.setattr(cost_module, "DENSE_ENTRIES", 0)
     monkeypatch.setattr(cost_module, "TILE_ELEMENTS", elements)
 
 
@@ -130,10 +132,44 @@ def test_value_before_convergence_is_a_lower_bound(path):
     assert values[-1] <= best + 1e-12
 
 
-def test_each_further_iteration_costs_one_and_lowers_the_error(path):
+def test_further_iterations_never_raise_the_error(path):
+    """An accelerated point may be worse than the one before; the result is the best of them."""
     matrix = 1 - unit(20, 4, 1) @ unit(20, 4, 2).T
-    errors = [sinkhorn(matrix, 0.02, tol=1e-15, max_iterations=k).marginal_error for k in range(1, 12)]
-    assert all(late < early for early, late in pairwise(errors))
+    errors = [sinkhorn(matrix, 0.02, tol=1e-15, max_iterations=k).marginal_error for k in range(1, 40)]
+    assert all(late <= early for early, late in pairwise(errors))
+    assert errors[-1] < 2e-3 * errors[0]
+
+
+def plain_iterations(matrix, epsilon, tol):
+    """How many iterations Sinkhorn takes from zero without acceleration, in the log domain in float64."""
+    f, g = np.zeros(matrix.shape[0]), np.zeros(matrix.shape[1])
+    for iteration in range(1, 10_000):
+        f = -epsilon * logsumexp((g - matrix) / epsilon - np.log(len(g)), axis=1)
+        g = -epsilon * logsumexp((f[:, None] - matrix) / epsilon - np.log(len(f)), axis=0)
+        plan = np.exp((f[:, None] + g - matrix) / epsilon) / matrix.size
+        if np.abs(plan.sum(1) - 1 / len(f)).sum() <= tol:
+            return iteration
+    raise AssertionError("no convergence")
+
+
+@pytest.mark.parametrize("epsilon", [0.02, 0.05])
+def test_acceleration_takes_at_most_half_of_the_plain_iterations(path, epsilon):
+    matrix = 1 - unit(60, 8, 1) @ unit(60, 8, 2).T
+    plain = plain_iterations(matrix.numpy(), epsilon, 1e-6)
+    assert sinkhorn(matrix, epsilon, tol=1e-6).iterations <= plain / 2
+
+
+def test_acceleration_falls_back_where_it_leads_astray():
+    """A map whose combined points are useless: the plain steps, which contract, are taken in between."""
+    weight = torch.ones(4, dtype=torch.float64)
+    acceleration, point = Anderson(weight), torch.full((4,), 8.0, dtype=torch.float64)
+    rough = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
+    errors = []
+    for step in range(300):
+        image = 0.8 * point * (1 + 0.2 * torch.sin(rough * step))  # another map each time
+        errors.append(float(point.abs().max()))
+        point = acceleration.next(point, image, errors[-1])
+    assert errors[-1] < 1e-2 * errors[0]
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-2, 50.0, 1e6])
@@ -156,13 +192,15 @@ def test_a_constant_moves_the_value_and_not_the_plan(path, constant):
 @pytest.mark.parametrize("epsilon", [0.005, 0.05, 10.0])
 def test_streaming_path_equals_kept_path(monkeypatch, dtype, epsilon):
     cost = CosineCost(unit(37, 8, 1, dtype), unit(23, 8, 2, dtype))
-    kept = sinkhorn(cost, epsilon)
+    tol, atol = (1e-5, 2e-4) if dtype == torch.float32 else (1e-10, 1e-8)
+    kept = sinkhorn(cost, epsilon, tol=tol)
     stream(monkeypatch)
-    streamed = sinkhorn(cost, epsilon)
-    atol = 5e-5 if dtype == torch.float32 else 1e-12
+    streamed = sinkhorn(cost, epsilon, tol=tol)
+    assert kept.converged
+    assert streamed.converged
     torch.testing.assert_close(streamed.f, kept.f, atol=atol, rtol=0)
     torch.testing.assert_close(streamed.g, kept.g, atol=atol, rtol=0)
-    assert abs(streamed.iterations - kept.iterations) <= (1 if dtype == torch.float32 else 0)
+    assert streamed.iterations == pytest.approx(kept.iterations, rel=0.5, abs=1)
 
 
 class Spy:
@@ -177,6 +215,9 @@ class Spy:
         self.record.append(rows.numel())
         return rows
 
+    def entries(self, rows, cols):
+        return self.cost.entries(rows, cols)
+
     def transposed(self):
         return Spy(self.cost.transposed(), self.record)
 
@@ -188,19 +229,24 @@ def test_streaming_asks_for_no_more_than_a_tile(monkeypatch):
     result = sinkhorn(spy, 0.05)
     nearest_potentials(spy, [result.g, torch.zeros_like(result.g)], 0.05)
     assert max(record) <= 500
-    assert sum(record) >= 90 * 70 * 2 * result.iterations  # it did go over the whole cost, each time
+    assert sum(record) >= 90 * 70 * (result.iterations + 1)  # it did go over the whole cost, each time
 
 
 def test_the_limit_of_the_kept_kernel_is_8192_squared():
-    assert sinkhorn_module.DENSE_ENTRIES == 8192**2
+    assert cost_module.DENSE_ENTRIES == 8192**2
+
+
+def count_kernels(monkeypatch):
+    kernels, plain = [], sinkhorn_module._Kernel._centre
+    monkeypatch.setattr(sinkhorn_module._Kernel, "_centre", lambda *args: kernels.append(1) or plain(*args))
+    return kernels
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("start", ["zero", "far"])
 def test_absorption_keeps_small_epsilon_finite(monkeypatch, dtype, start):
     """Clusters and a far start: the scalings leave any float32 range, and the plan is still right."""
-    kernels, plain = [], sinkhorn_module._kernel
-    monkeypatch.setattr(sinkhorn_module, "_kernel", lambda *args: kernels.append(1) or plain(*args))
+    kernels = count_kernels(monkeypatch)
     x, y = unit(30, 3, 1), unit(30, 3, 2)
     matrix = (1 - x @ y.T) * torch.linspace(0.1, 1, 30, dtype=torch.float64)[:, None]
     init = (torch.zeros(30), torch.linspace(-3, 3, 30)) if start == "far" else None
@@ -215,20 +261,18 @@ def test_absorption_keeps_small_epsilon_finite(monkeypatch, dtype, start):
         plan = plan_of(result, matrix, b=col_mass)
         np.testing.assert_allclose(plan.sum(1), 1 / 30, atol=1.1e-3)
         assert np.abs(plan.sum(1) - 1 / 30).sum() <= 1.1e-3
-    assert kernels
+    assert len(kernels) > 2  # more than one for each of the two solutions
 
 
-@pytest.mark.parametrize("limit", [0.01, 1.0])
+@pytest.mark.parametrize("limit", [-10.0, -2.0])
 def test_absorbing_often_changes_nothing(monkeypatch, limit):
     matrix = 1 - unit(25, 4, 1) @ unit(31, 4, 2).T
     rare = sinkhorn(matrix, 0.01, tol=1e-9, max_iterations=50_000)
-    kernels, plain = [], sinkhorn_module._kernel
-    monkeypatch.setattr(sinkhorn_module, "_kernel", lambda *args: kernels.append(1) or plain(*args))
+    kernels = count_kernels(monkeypatch)
     monkeypatch.setattr(sinkhorn_module, "_ABSORB", limit)
     often = sinkhorn(matrix, 0.01, tol=1e-9, max_iterations=50_000)
     assert len(kernels) > 1
-    assert often.iterations == rare.iterations
-    torch.testing.assert_close(often.g, rare.g, atol=1e-11, rtol=0)
+    torch.testing.assert_close(often.g, rare.g, atol=1e-9, rtol=0)
 
 
 def test_an_underflowing_kernel_is_left_by_the_log_domain(monkeypatch):
