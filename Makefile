@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install patch lint test quickstart results clean
+.PHONY: install patch lint test quickstart results bench clean
 
 install: patch
 
@@ -33,6 +33,10 @@ quickstart: install
 
 results: install
 	HF_HUB_OFFLINE=1 $(BIN)/openclip-otco compare scenes --out runs/scenes
+
+bench: install
+	$(BIN)/python -m pip install --progress-bar off -e '.[bench]'
+	$(BIN)/python benchmarks/solvers.py --out runs/bench
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

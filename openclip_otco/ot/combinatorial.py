@@ -20,20 +20,23 @@ import torch
 from torch import Tensor
 
 from openclip_otco.ot.candidates import CandidateLists
-from openclip_otco.ot.cost import CostLike, as_cost, cost_range, full_precision, held
+from openclip_otco.ot.cost import Cost, CostLike, as_cost, cost_range, full_precision, held
 from openclip_otco.ot.exact import exact_plan
 from openclip_otco.ot.ledger import AssignmentLedger, Ledger, TransportLedger
 from openclip_otco.ot.marginals import marginals
 from openclip_otco.ot.sparse_plan import SparsePlan, certified
 
 # After so many rounds a plan that is not proven good gives way to the exact solver, where the matrix is this small.
-MOST_ROUNDS = 1000
+MOST_ROUNDS = 5000
 EXACT_ENTRIES = 4096 * 4096
 # Where the bidding first stops: a step of `δ` and a rest of `6δ`, but never more than a tenth of the mass. On trained
 # features that is just about good enough, and each time it is not, the larger cause of the error is halved.
 _STEP = 1.0
 _REST = 6.0
 _LARGEST_REST = 0.1
+# A step that has not done after so many rounds grows by a factor.
+_PATIENCE = 100
+_FACTOR = 4
 # Ties are broken by a noise of this share of `δ`.
 _NOISE = 0.02
 
@@ -48,8 +51,8 @@ def combinatorial_plan(
 ) -> SparsePlan:
     """A coupling with `<σ, C> <= OPT + δ·(max C - min C)` and exact marginals, with feasible duals.
 
-    The plan's `additive_error` is the error that its duals prove. It can exceed `δ` in one case: price wars on more
-    than `EXACT_ENTRIES` entries that have not ended after `20 * MOST_ROUNDS` rounds.
+    The plan's `additive_error` is the error that its duals prove. It can exceed `δ` in one case: price wars that have
+    not ended after `MOST_ROUNDS` rounds, on more than `EXACT_ENTRIES` entries or where the network simplex gives up.
 
     Args:
         cost: `(n, m)` matrix or lazy cost. A lazy one of more than `cost.DENSE_ENTRIES` entries is never laid out.
@@ -77,31 +80,44 @@ def combinatorial_plan(
         # Every coupling costs the same, and bidding would have nothing to measure its steps by.
         return certified(cost, row_mass, col_mass, *ledger.rest(cost), torch.zeros_like(price))
 
-    # Price wars, where many rows fight for few columns a step at a time, can take 1/δ² rounds.
-    exact_is_at_hand = n * m <= EXACT_ENTRIES
-    most_rounds = MOST_ROUNDS if exact_is_at_hand else 20 * MOST_ROUNDS
     lists = CandidateLists(cost, _NOISE * additive_error, price, seed)
     step, rest = _STEP * additive_error, min(_REST * additive_error, _LARGEST_REST)
     rounds, best = 0, None
+    # Price wars, where many rows fight for few columns a step at a time, can take 1/δ² rounds. Longer steps end them,
+    # and shorter ones, from the prices found, then repair what these have spoiled.
+    while ledger.free_share() > rest and step < 1:
+        rounds += _bid(lists, ledger, price, step, rest, _PATIENCE)
+        if ledger.free_share() > rest:
+            step *= _FACTOR
     while True:
-        rounds += _bid(lists, ledger, price, step, rest, most_rounds - rounds)
+        rounds += _bid(lists, ledger, price, step, rest, MOST_ROUNDS - rounds)
         rows, cols, mass = (torch.cat(parts) for parts in zip(ledger.placed(), ledger.rest(cost), strict=True))
         plan = certified(cost, row_mass, col_mass, rows, cols, mass, -price * (high - low), rounds)
         if best is None or plan.additive_error < best.additive_error:
             best = plan
         if best.additive_error <= additive_error:
             return best
-        if rounds >= most_rounds:
-            return exact_plan(cost, a, b) if exact_is_at_hand else best
+        if rounds >= MOST_ROUNDS:
+            return _last_resort(cost, a, b, best)
         # By how much each entry misses its row's best price, in shares of the range: the error, entry by entry.
         placed_rows, placed_columns, placed_mass = ledger.placed()
         paid = (cost.entries(placed_rows, placed_columns) - plan.f[placed_rows]) / (high - low)
         slack = paid + price[placed_columns]
         if float((placed_mass * slack).sum()) > additive_error / 2:
-            step /= 2
+            step /= _FACTOR if plan.additive_error > _FACTOR * additive_error else 2
             ledger.release(slack > step, price)
         else:
             rest /= 2
+
+
+def _last_resort(cost: Cost, a: Tensor | None, b: Tensor | None, best: SparsePlan) -> SparsePlan:
+    """The exact plan, if the matrix is small enough for it and the simplex ends; else the best that was found."""
+    if cost.shape[0] * cost.shape[1] > EXACT_ENTRIES:
+        return best
+    try:
+        return exact_plan(cost, a, b)
+    except RuntimeError:
+        return best
 
 
 def _bid(lists: CandidateLists, ledger: Ledger, price: Tensor, step: float, rest: float, most_rounds: int) -> int:

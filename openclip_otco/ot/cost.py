@@ -70,10 +70,13 @@ class CosineCost:
         check_finite: look for NaN and infinity; costs a pass, and on a GPU a wait for it.
 
     Raises:
-        ValueError: the features are empty, not two-dimensional, of different width, or not finite.
+        TypeError: the features are no tensors.
+        ValueError: they are empty, not two-dimensional, of different width, or not finite.
     """
 
     def __init__(self, x: Tensor, y: Tensor, check_finite: bool = True) -> None:
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            raise TypeError(f"features must be torch tensors; got {type(x).__name__} and {type(y).__name__}")
         if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or 0 in (*x.shape, *y.shape):
             raise ValueError(
                 f"features must be non-empty (n, d) and (m, d) matrices of one width d; "
@@ -187,8 +190,17 @@ class RestrictedCost:
 
 
 def as_cost(cost: CostLike) -> Cost:
-    """A `Cost` as it is; a matrix wrapped in `DenseCost`."""
-    return DenseCost(cost) if isinstance(cost, Tensor) else cost
+    """A `Cost` as it is; a matrix wrapped in `DenseCost`.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: the matrix is no cost.
+    """
+    if isinstance(cost, Tensor):
+        return DenseCost(cost)
+    if not hasattr(cost, "rows"):
+        raise TypeError(f"a cost must be a torch.Tensor or a CosineCost; got {type(cost).__name__} (torch.as_tensor?)")
+    return cost
 
 
 def held(cost: Cost) -> Cost:

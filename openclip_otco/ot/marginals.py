@@ -29,5 +29,8 @@ def marginals(cost: Cost, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, T
     row_mass, col_mass = checked
     total_a, total_b = float(row_mass.sum()), float(col_mass.sum())
     if abs(total_a - total_b) > 1e-6 * max(total_a, total_b):
-        raise ValueError(f"marginals a and b must hold the same mass; they sum to {total_a:g} and {total_b:g}")
+        raise ValueError(
+            f"marginals a and b must hold the same mass; they sum to {total_a:.7g} and {total_b:.7g} "
+            f"(divide each by its sum, in float32 or better)"
+        )
     return row_mass / total_a, col_mass / total_b

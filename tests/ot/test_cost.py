@@ -147,3 +147,14 @@ def test_marginals_are_normalised_in_float64_and_uniform_by_default():
 def test_bad_marginals_are_refused(a, b, says):
     with pytest.raises(ValueError, match=says):
         marginals(as_cost(torch.ones(2, 4)), a, b)
+
+
+@pytest.mark.parametrize("call", [as_cost, lambda c: CosineCost(c, c)], ids=["matrix", "features"])
+def test_numpy_arrays_are_refused_by_name(call):
+    with pytest.raises(TypeError, match="got ndarray"):
+        call(np.ones((3, 3)))
+
+
+def test_complex_matrices_are_refused():
+    with pytest.raises(ValueError, match="must be real"):
+        as_cost(torch.ones(2, 2, dtype=torch.complex64))

@@ -188,6 +188,20 @@ def test_a_constant_moves_the_value_and_not_the_plan(path, constant):
     np.testing.assert_allclose(plan_of(plain, matrix), plan_of(moved, matrix + constant), rtol=1e-7)
 
 
+@given(n=st.integers(1, 12), m=st.integers(1, 12), seed=st.integers(0, 999), epsilon=st.sampled_from([0.02, 0.2, 2.0]))
+@settings(max_examples=60, deadline=None)
+def test_permuted_points_have_permuted_potentials(n, m, seed, epsilon):
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.rand(n, m, generator=generator, dtype=torch.float64)
+    a, b = masses(n, seed), masses(m, seed + 1)
+    rows, cols = torch.randperm(n, generator=generator), torch.randperm(m, generator=generator)
+    plain = sinkhorn(matrix, epsilon, a, b, tol=1e-9, max_iterations=20_000)
+    moved = sinkhorn(matrix[rows][:, cols], epsilon, a[rows], b[cols], tol=1e-9, max_iterations=20_000)
+    np.testing.assert_allclose(
+        plan_of(moved, matrix[rows][:, cols], a[rows], b[cols]), plan_of(plain, matrix, a, b)[rows][:, cols], atol=1e-8
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("epsilon", [0.005, 0.05, 10.0])
 def test_streaming_path_equals_kept_path(monkeypatch, dtype, epsilon):

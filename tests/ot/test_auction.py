@@ -1,0 +1,159 @@
+"""The parts of the auction: candidate lists that answer as whole rows would, and ledgers that lose no mass."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openclip_otco.ot import DenseCost, combinatorial, combinatorial_plan
+from openclip_otco.ot import cost as cost_module
+from openclip_otco.ot.candidates import CandidateLists
+from openclip_otco.ot.ledger import AssignmentLedger, TransportLedger
+
+
+def random_cost(n, m, seed, levels=0):
+    matrix = torch.rand(n, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (matrix * levels).floor() if levels else matrix
+
+
+@given(
+    n=st.integers(2, 12), m=st.integers(1, 60), levels=st.sampled_from([0, 2, 5]), seed=st.integers(0, 999),
+    tile=st.sampled_from([1, 70, 10_000]), empty=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_lists_answer_as_whole_rows_do(n, m, levels, seed, tile, empty):
+    generator = torch.Generator().manual_seed(seed)
+    matrix = random_cost(n, m, seed, levels)
+    matrix[0, 0] -= 10  # not constant
+    price = torch.zeros(m, dtype=torch.float64)
+    if empty and m > 1:
+        price[::2] = torch.inf
+        price[1] = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost_module, "TILE_ELEMENTS", tile)
+        lists = CandidateLists(DenseCost(matrix), 1e-3, price, seed)
+        noise = lists._noise[:n].numpy()
+        assert ((noise >= 0) & (noise < 1e-3)).all()
+        shares = (matrix.numpy() - matrix.numpy().min()) / np.ptp(matrix.numpy()) + noise
+        for _ in range(8):
+            rows = torch.randperm(n, generator=generator)[: int(torch.randint(1, n + 1, (1,), generator=generator))]
+            columns, gap = lists.bids(rows, price)
+            priced = np.sort(shares + price.numpy(), axis=1)[rows.numpy()]
+            chosen = (shares + price.numpy())[rows.numpy(), columns.numpy()]
+            np.testing.assert_allclose(chosen, priced[:, 0], atol=1e-12)
+            true_gap = priced[:, 1] - priced[:, 0] if m > 1 else np.zeros(len(rows))
+            assert (gap.numpy() >= 0).all()
+            assert (gap.numpy() <= np.where(np.isfinite(true_gap), true_gap, 0) + 1e-12).all()
+            price[columns] += 0.3 * torch.rand(len(rows), generator=generator, dtype=torch.float64)
+
+
+def test_equal_rows_prefer_different_columns():
+    matrix = torch.zeros(50, 50, dtype=torch.float64)
+    matrix[0, 0] = 1.0
+    lists = CandidateLists(DenseCost(matrix), 1e-3, torch.zeros(50, dtype=torch.float64), 0)
+    columns, _ = lists.bids(torch.arange(50), torch.zeros(50, dtype=torch.float64))
+    assert len(columns.unique()) > 25
+
+
+def masses(size, seed, kind):
+    mass = torch.rand(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if kind == "steep":
+        mass = mass**20
+    elif kind == "zeros":
+        mass[: size // 2] = 0
+    return mass / mass.sum()
+
+
+@given(
+    n=st.integers(1, 9), m=st.integers(1, 9), kind=st.sampled_from(["flat", "steep", "zeros", "assignment"]),
+    seed=st.integers(0, 999),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_ledgers_lose_no_mass_and_lower_no_price(n, m, kind, seed):
+    """Any bids in any order: what is placed and what is free always add up to the marginals."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "assignment":
+        m, a, b = n, torch.full((n,), 1 / n, dtype=torch.float64), torch.full((n,), 1 / n, dtype=torch.float64)
+        ledger = AssignmentLedger(n, torch.device("cpu"))
+    else:
+        a, b = masses(n, seed, kind), masses(m, seed + 1, kind)
+        ledger = TransportLedger(a, b, torch.float64)
+    cost, price = DenseCost(random_cost(n, m, seed)), torch.zeros(m, dtype=torch.float64)
+    for _ in range(12):
+        rows = ledger.free()
+        if len(rows):
+            columns = torch.nonzero(b).squeeze(1)[torch.randint(int((b > 0).sum()), rows.shape, generator=generator)]
+            before = price.clone()
+            ledger.sell(rows, columns, price[columns] + torch.rand(rows.shape, generator=generator).double(), price)
+            assert (price >= before).all()
+        placed = ledger.placed()
+        if len(placed[0]) and torch.rand(1, generator=generator) < 0.3:
+            ledger.release(torch.rand(placed[0].shape, generator=generator) < 0.5, price)
+            placed = ledger.placed()
+        rest = ledger.rest(cost)
+        assert float(placed[2].sum()) + ledger.free_share() == pytest.approx(1, abs=1e-12)
+        assert float(rest[2].sum()) == pytest.approx(ledger.free_share(), abs=1e-12)
+        plan = torch.zeros(n, m, dtype=torch.float64)
+        for rows, columns, mass in (placed, rest):
+            assert (mass > 0).all()
+            plan.index_put_((rows, columns), mass, accumulate=True)
+        np.testing.assert_allclose(plan.sum(1), a, atol=1e-15 * n)
+        np.testing.assert_allclose(plan.sum(0), b, atol=1e-15 * m)
+
+
+def test_the_highest_offers_take_the_cheapest_mass():
+    """One column in two lots at prices 0.1 and 0.3; offers 0.2 and 0.5 for more than there is."""
+    ledger = TransportLedger(torch.tensor([0.25, 0.25, 0.25, 0.25]), torch.tensor([0.5, 0.5]), torch.float64)
+    price = torch.zeros(2, dtype=torch.float64)
+
+    def sell(rows, offers):
+        ledger.sell(torch.tensor(rows), torch.zeros(len(rows), dtype=torch.long), torch.tensor(offers).double(), price)
+
+    def held():
+        rows, columns, mass = ledger.placed()
+        return sorted(zip(rows.tolist(), columns.tolist(), mass.tolist(), strict=True))
+
+    sell([0, 1], [0.1, 0.3])
+    assert held() == [(0, 0, 0.25), (1, 0, 0.25)]
+    assert price.tolist() == [pytest.approx(0.1), 0.0]
+    sell([2, 3], [0.2, 0.5])
+    # Row 3 has taken what cost 0.1; row 2 did not offer enough for what costs 0.3.
+    assert held() == [(1, 0, 0.25), (3, 0, 0.25)]
+    assert ledger.free().tolist() == [0, 2]
+    assert price.tolist() == [pytest.approx(0.3), 0.0]
+
+
+@pytest.mark.parametrize(("n", "m"), [(120, 120), (90, 120)])
+def test_price_wars_end_by_longer_steps(monkeypatch, n, m):
+    """Costs like `i * j` make every row want the same columns: patience runs out, and the guarantee holds."""
+    i, j = torch.arange(n)[:, None] / n, torch.arange(m)[None] / m
+    monkeypatch.setattr(combinatorial, "_last_resort", None)  # not needed
+    monkeypatch.setattr(combinatorial, "_PATIENCE", 5)
+    plan = combinatorial_plan(i * j, 0.005)
+    assert plan.additive_error <= 0.005
+    assert plan.rounds > 50
+
+
+@pytest.mark.parametrize("exact", ["is at hand", "gives up", "is too large"])
+@pytest.mark.parametrize(("n", "m"), [(40, 40), (30, 40)])
+def test_when_the_rounds_run_out(monkeypatch, exact, n, m):
+    matrix = random_cost(n, m, 0)
+    monkeypatch.setattr(combinatorial, "MOST_ROUNDS", 2)
+    monkeypatch.setattr(combinatorial, "_PATIENCE", 1)
+    if exact == "gives up":
+
+        def fail(*_):
+            raise RuntimeError
+
+        monkeypatch.setattr(combinatorial, "exact_plan", fail)
+    elif exact == "is too large":
+        monkeypatch.setattr(combinatorial, "EXACT_ENTRIES", 0)
+    plan = combinatorial_plan(matrix, 0.0005)
+    np.testing.assert_allclose(plan.dense().sum(1), 1 / n, atol=1e-12)
+    np.testing.assert_allclose(plan.dense().sum(0), 1 / m, atol=1e-12)
+    assert float(plan.mass @ matrix[plan.rows, plan.cols]) == pytest.approx(plan.value)
+    if exact == "is at hand":
+        assert plan.additive_error < 1e-9
+    else:  # not what was asked for, and said so
+        assert 0.0005 < plan.additive_error < 1
