@@ -53,6 +53,10 @@ class FeatureWindow:
             images, texts = images[chosen], texts[chosen]
         self._batches.append((images.clone(), texts.clone()))
 
+    def skip(self, d: int = 1) -> None:
+        """Counts a step that gave nothing, so that windows of all ranks fill up at the same step."""
+        self._batches.append((torch.zeros(0, d), torch.zeros(0, d)))
+
     def features(self) -> tuple[Tensor, Tensor]:
         """Image and text features, `(N, d)` each, of the whole window; pairs with a NaN or an infinity are left out
         and counted in `dropped`.
@@ -62,7 +66,8 @@ class FeatureWindow:
         """
         if not self._batches:
             raise ValueError("the window is empty")
-        images, texts = (torch.cat(features) for features in zip(*self._batches, strict=True))
+        batches = [batch for batch in self._batches if len(batch[0])] or self._batches[:1]
+        images, texts = (torch.cat(features) for features in zip(*batches, strict=True))
         # Here and not in `add`: a GPU would have to be waited for at every step.
         finite = torch.isfinite(images).all(dim=1) & torch.isfinite(texts).all(dim=1)
         left = int(finite.sum())

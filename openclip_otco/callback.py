@@ -25,8 +25,9 @@ class ScalarWriter(Protocol):
 class PlanCacheCallback:
     """Makes a plan from every window of features and hands cached plans to the loss.
 
-    A plan that fails is logged and counted, and training goes on with the last good one. All ranks see the same
-    gathered features and the same seeds, so they hold the same plans.
+    A plan that fails on one rank is skipped on all, logged and counted, and training goes on with the last good one.
+    All ranks see the same gathered features and make each plan together, so they hold the same plans; with `--debug`
+    each of them logs a digest of its own.
 
     Args:
         loss: the loss to set plans of; its gathered features feed the window.
@@ -70,6 +71,7 @@ class PlanCacheCallback:
         self.made = 0
         self.skipped = 0
         self._next_line = self._next_warning = 0
+        self._failure: Exception | None = None
 
     def on_train_start(self, *, step: int, total_steps: int, writer: ScalarWriter | None = None) -> None:
         """Called once with the first step to run and the number of all steps."""
@@ -90,9 +92,15 @@ class PlanCacheCallback:
         gathered = self.loss.gathered or (features["image_features"], features["text_features"])
         try:
             self.window.add(*gathered, step=step)
+        except Exception as error:
+            # Not the time to tell: the other ranks only listen when a plan is due.
+            self._failure = self._failure or error
+            self.window.skip()
+        try:
             plan = self._make_plan(step) if self.window.full else None
         except Exception as error:  # whatever it is, no plan is worth a run
             self.window.clear()
+            self._failure = None
             self._skip(step, error)
         else:
             if plan is not None:
@@ -130,11 +138,21 @@ class PlanCacheCallback:
             logging.info(f"=> resuming OTCO with {len(self.cache)} cached plans (steps {list(self.cache)})")
 
     def _make_plan(self, step: int) -> TransportPlan:
-        plan = self.solver.solve(*self.window.features(), step=step, previous=self.cache.newest)
+        # Each of the two ends on all ranks as it ends on one: a plan that one of them lacks would part their losses.
+        attempt = self.solver.shards.attempt
+        features = attempt(self._window_features)
+        plan = attempt(lambda: self.solver.solve(*features, step=step, previous=self.cache.newest))
         self.window.clear()
         self.made += 1
         self.cache.add(plan)
+        if logging.getLogger().isEnabledFor(logging.DEBUG):
+            logging.debug(f"OTCO Plan: digest {plan.digest()} at step {step} on rank {self.solver.shards.rank}")
         return plan
+
+    def _window_features(self) -> tuple[Tensor, Tensor]:
+        if self._failure is not None:
+            raise self._failure
+        return self.window.features()
 
     def _skip(self, step: int, error: Exception) -> None:
         self.skipped += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -128,6 +129,13 @@ class TransportPlan:
             "step": self.step,
             "diagnostics": dict(self.diagnostics),
         }
+
+    def digest(self) -> str:
+        """A hash of features and potentials: equal on two ranks only if the plans are, to the bit."""
+        digest = hashlib.sha256()
+        for tensor in (self.image_features, self.text_features, self.f, self.g):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, object]) -> TransportPlan:

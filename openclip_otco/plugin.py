@@ -14,6 +14,7 @@ from openclip_otco.callback import PlanCacheCallback
 from openclip_otco.captions import caption_problem
 from openclip_otco.loss import OTCOLoss
 from openclip_otco.models import check_model, model_configs, prepare_model, register_models
+from openclip_otco.ot.shards import ALONE, DistributedShards
 from openclip_otco.solver import INITIAL_PLANS, PlanSolver
 
 
@@ -140,6 +141,7 @@ class OTCOPlugin:
                     initial_plan=args.otco_initial_plan,
                     additive_error=args.otco_additive_error,
                     seed=args.seed,
+                    shards=DistributedShards() if args.world_size > 1 else ALONE,
                 ),
                 plans_per_step=args.otco_plans_per_step,
                 warmup=args.otco_warmup,
@@ -153,6 +155,8 @@ class OTCOPlugin:
     def _check_run(self, parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         if "coca" in args.model.lower():
             _end(parser, "argument --loss: otco does not train CoCa models; choose a CLIP model or --loss clip")
+        if args.horovod:
+            _end(parser, "argument --horovod: not supported by --loss otco; use torchrun, or --loss clip")
         if args.distill_model is not None or args.distill_pretrained is not None:
             _end(parser, "argument --loss: otco does not distill; drop --distill-model or use --loss clip")
         for flag, data in (("--train-data", args.train_data), ("--val-data", args.val_data)):

@@ -12,11 +12,14 @@ from torch import Tensor
 from openclip_otco.ot import CosineCost, combinatorial_plan, exact_plan, nearest_potentials, sinkhorn
 from openclip_otco.ot.cost import Cost, held, tiles
 from openclip_otco.ot.divergence import plan_rows, sinkhorn_divergence
+from openclip_otco.ot.shards import ALONE, Shards
 from openclip_otco.plan import TransportPlan
 
 INITIAL_PLANS = ("combinatorial", "emd", "previous", "none")
 # The drift between windows is a monitor: a few hundred points of each are enough, and it must not outweigh the plan.
 _DRIFT_SUPPORT = 512
+# Processes share a plan if each gets at least this many points; smaller ones each makes alone, and all the same.
+_LEAST_SHARE = 64
 # A plan whose L1 marginal error stays above this is no coupling, and its confidence would mean nothing.
 _WORST_ERROR = 0.1
 
@@ -33,6 +36,7 @@ class PlanSolver:
         tolerance: L1 marginal error at which Sinkhorn stops.
         max_iterations: of Sinkhorn.
         seed: breaks the combinatorial plan's ties.
+        shards: the processes that make a plan together: one of them the initial plan, each its share of the rest.
 
     Raises:
         ValueError: a setting out of its range.
@@ -44,6 +48,7 @@ class PlanSolver:
     tolerance: float = 1e-3
     max_iterations: int = 2000
     seed: int = 0
+    shards: Shards = ALONE
 
     def __post_init__(self) -> None:
         if self.initial_plan not in INITIAL_PLANS:
@@ -70,14 +75,18 @@ class PlanSolver:
         started = time.perf_counter()
         with torch.no_grad(), torch.autocast(image_features.device.type, enabled=False):
             images, texts = image_features.detach().float(), text_features.detach().float()
-            cost = held(CosineCost(images, texts))
+            cost: Cost = CosineCost(images, texts)
+            shards = self.shards if len(images) >= _LEAST_SHARE * self.shards.count else ALONE
+            if shards.count == 1:
+                cost = held(cost)
             diagnostics: dict[str, float] = {}
             result = sinkhorn(
                 cost,
                 self.epsilon,
-                init=self._start(cost, texts, previous, diagnostics),
+                init=self._start(cost, texts, previous, diagnostics, shards),
                 tol=self.tolerance,
                 max_iterations=self.max_iterations,
+                shards=shards,
             )
             if not result.marginal_error <= _WORST_ERROR:
                 raise RuntimeError(
@@ -85,49 +94,72 @@ class PlanSolver:
                     f"iterations at epsilon={self.epsilon}; try a larger epsilon"
                 )
             diagnostics |= {"iterations": result.iterations, "marginal_error": result.marginal_error}
-            diagnostics |= _shape_of(cost, result.f, result.g, self.epsilon)
+            diagnostics |= _shape_of(cost, result.f, result.g, self.epsilon, shards)
             if previous is not None and previous.image_features.shape[1] == images.shape[1]:
-                diagnostics["drift_image"] = _drift(previous.image_features, images, self.epsilon)
-                diagnostics["drift_text"] = _drift(previous.text_features, texts, self.epsilon)
+                sides = ((previous.image_features, images), (previous.text_features, texts))
+                image, text = shards.first(
+                    lambda: torch.stack([_drift(*side, self.epsilon) for side in sides]), images.new_zeros(2)
+                ).tolist()
+                diagnostics |= {"drift_image": image, "drift_text": text}
         diagnostics["seconds"] = time.perf_counter() - started
         return TransportPlan(images, texts, result.f, result.g, self.epsilon, step, diagnostics)
 
     def _start(
-        self, cost: Cost, texts: Tensor, previous: TransportPlan | None, diagnostics: dict[str, float]
+        self,
+        cost: Cost,
+        texts: Tensor,
+        previous: TransportPlan | None,
+        diagnostics: dict[str, float],
+        shards: Shards,
     ) -> tuple[Tensor, Tensor] | None:
         candidates = []
         if self.initial_plan in ("combinatorial", "emd"):
-            if self.initial_plan == "emd":
-                initial = exact_plan(cost)
-            else:
-                initial = combinatorial_plan(cost, self.additive_error, seed=self.seed)
-            diagnostics["additive_error"] = initial.additive_error
-            candidates.append(initial.g)
+            like = texts.new_zeros(len(texts) + 1)
+            *g, error = shards.first(lambda: self._initial(cost), like).split([len(texts), 1])
+            diagnostics["additive_error"] = float(error)
+            candidates.extend(g)
         if self.initial_plan != "none" and previous is not None and previous.text_features.shape[1] == texts.shape[1]:
-            candidates.append(previous.text_potential(texts))
+            mine = shards.part(len(texts))
+            carried = shards.attempt(lambda: previous.text_potential(texts[mine]))
+            candidates.append(shards.joined(carried, len(texts)))
         if not candidates:
             return None
-        g = candidates[nearest_potentials(cost, candidates, self.epsilon)] if len(candidates) > 1 else candidates[0]
-        return torch.zeros_like(g), g
+        nearest = nearest_potentials(cost, candidates, self.epsilon, shards=shards) if len(candidates) > 1 else 0
+        return torch.zeros_like(candidates[nearest]), candidates[nearest]
+
+    def _initial(self, cost: Cost) -> Tensor:
+        """`g`, `(N,)`, of the initial plan, and behind it the error that it is proven to have."""
+        if self.initial_plan == "emd":
+            plan = exact_plan(cost)
+        else:
+            plan = combinatorial_plan(cost, self.additive_error, seed=self.seed)
+        return torch.cat([plan.g, plan.g.new_tensor([plan.additive_error])])
 
 
-def _shape_of(cost: Cost, f: Tensor, g: Tensor, epsilon: float) -> dict[str, float]:
+def _shape_of(cost: Cost, f: Tensor, g: Tensor, epsilon: float, shards: Shards) -> dict[str, float]:
     """Objective `<σ, C>`, entropy `-Σ σ log σ` in nats, and the mass on own pairs `Σ_i σ_ii`, in `[0, 1]`."""
     n = len(f)
     a = torch.full_like(f, 1 / n)
-    objective, potentials = f.new_zeros(2, dtype=torch.float64)
-    for tile in tiles(cost):
-        plan = plan_rows(cost, tile, f, g, epsilon, a[tile], a)
-        potentials += (plan @ g + plan.sum(dim=1) * f[tile]).sum(dtype=torch.float64)
-        objective += plan.mul_(cost.rows(tile)).sum(dtype=torch.float64)
+    mine = shards.part(n)
+    part, f_mine = (cost, f) if shards.count == 1 else (cost.restricted(mine, slice(None)), f[mine])
+
+    def sums() -> Tensor:
+        objective, potentials = f.new_zeros(2, dtype=torch.float64)
+        for tile in tiles(part):
+            plan = plan_rows(part, tile, f_mine, g, epsilon, a[: tile.stop - tile.start], a)
+            potentials += (plan @ g + plan.sum(dim=1) * f_mine[tile]).sum(dtype=torch.float64)
+            objective += plan.mul_(part.rows(tile)).sum(dtype=torch.float64)
+        return torch.stack([objective, potentials])
+
+    objective, potentials = shards.total(sums, f.new_zeros(2, dtype=torch.float64)).tolist()
     # log σ_ij = (f_i + g_j - C_ij)/ε - 2 log n
     entropy = 2 * math.log(n) - (potentials - objective) / epsilon
     own = torch.arange(n, device=f.device)
     own_mass = ((f + g - cost.entries(own, own)) / epsilon).exp().sum(dtype=torch.float64) / n**2
-    return {"objective": float(objective), "entropy": float(entropy), "own_pair_mass": float(own_mass)}
+    return {"objective": objective, "entropy": entropy, "own_pair_mass": float(own_mass)}
 
 
-def _drift(before: Tensor, after: Tensor, epsilon: float) -> float:
+def _drift(before: Tensor, after: Tensor, epsilon: float) -> Tensor:
     """`S_ε` between two windows of one modality, over evenly spaced points of each."""
     before, after = (x[:: -(-len(x) // _DRIFT_SUPPORT)] for x in (before, after))
-    return float(sinkhorn_divergence(before, after, epsilon))
+    return sinkhorn_divergence(before, after, epsilon)

@@ -38,6 +38,10 @@ class Cost(Protocol):
         """`C[rows, cols]`, `(k,)`, of two indices `(k,)`."""
         ...
 
+    def restricted(self, rows: slice | Tensor, cols: slice | Tensor) -> Cost:
+        """The cost between those rows and columns alone."""
+        ...
+
     def transposed(self) -> Cost:
         """The same cost with rows and columns exchanged."""
         ...
@@ -108,10 +112,11 @@ class CosineCost:
         pairs = zip(rows.split(step), cols.split(step), strict=True)
         return torch.cat([1.0 - (self.x[i] * self.y[j]).sum(dim=1) for i, j in pairs])
 
+    def restricted(self, rows: slice | Tensor, cols: slice | Tensor) -> CosineCost:
+        return CosineCost(self.x[rows], self.y[cols], check_finite=False)
+
     def transposed(self) -> CosineCost:
-        swapped = object.__new__(CosineCost)
-        swapped.x, swapped.y = self.y, self.x
-        return swapped
+        return CosineCost(self.y, self.x, check_finite=False)
 
 
 class DenseCost:
@@ -122,11 +127,12 @@ class DenseCost:
     """
 
     def __init__(self, matrix: Tensor) -> None:
+        matrix = matrix.detach()
         if matrix.ndim != 2 or matrix.numel() == 0:
             raise ValueError(f"a cost must be a non-empty (n, m) matrix; got {tuple(matrix.shape)}")
         if matrix.is_complex():
             raise ValueError(f"a cost must be real; got {matrix.dtype}")
-        self.matrix = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
+        self.matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
         # The range shows NaN and infinity, at a twentieth of the time that `isfinite` takes.
         self.range = _range(self.matrix)
         if not all(map(math.isfinite, self.range)):
@@ -150,43 +156,13 @@ class DenseCost:
     def entries(self, rows: Tensor, cols: Tensor) -> Tensor:
         return self.matrix[rows, cols]
 
+    def restricted(self, rows: slice | Tensor, cols: slice | Tensor) -> DenseCost:
+        return DenseCost(self.matrix[rows][:, cols])
+
     def transposed(self) -> DenseCost:
         swapped = object.__new__(DenseCost)
         swapped.matrix, swapped.range = self.matrix.T, self.range
         return swapped
-
-
-class RestrictedCost:
-    """Some rows and columns of a cost.
-
-    Args:
-        cost: `(n, m)`.
-        row_index, col_index: `(k,)` and `(l,)` indices of those to keep.
-    """
-
-    def __init__(self, cost: Cost, row_index: Tensor, col_index: Tensor) -> None:
-        self.cost, self.row_index, self.col_index = cost, row_index, col_index
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.row_index), len(self.col_index)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.cost.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.cost.device
-
-    def rows(self, index: slice | Tensor) -> Tensor:
-        return self.cost.rows(self.row_index[index])[:, self.col_index]
-
-    def entries(self, rows: Tensor, cols: Tensor) -> Tensor:
-        return self.cost.entries(self.row_index[rows], self.col_index[cols])
-
-    def transposed(self) -> RestrictedCost:
-        return RestrictedCost(self.cost.transposed(), self.col_index, self.row_index)
 
 
 def as_cost(cost: CostLike) -> Cost:

@@ -22,7 +22,6 @@ from openclip_otco.ot.cost import (
     Cost,
     CostLike,
     DenseCost,
-    RestrictedCost,
     as_cost,
     full_precision,
     held,
@@ -30,10 +29,12 @@ from openclip_otco.ot.cost import (
     workspaces,
 )  # fmt: skip
 from openclip_otco.ot.marginals import marginals
+from openclip_otco.ot.shards import ALONE, Shards
 from openclip_otco.ot.sparse_plan import SparsePlan, feasible_duals
 
 # Scalings beyond exp(30), or sums below exp(-60), are absorbed into the potentials: float32 ends at exp(±87).
 _ABSORB = 30.0
+_VANISHED = math.exp(-60.0)
 
 Potentials = tuple[Tensor, Tensor]
 
@@ -69,6 +70,7 @@ def sinkhorn(
     init: SparsePlan | SinkhornResult | Potentials | None = None,
     tol: float = 1e-3,
     max_iterations: int = 2000,
+    shards: Shards = ALONE,
 ) -> SinkhornResult:
     """The entropic plan's potentials.
 
@@ -80,6 +82,8 @@ def sinkhorn(
             as the first half-step makes `f` from it.
         tol: L1 error of the row marginal at which to stop.
         max_iterations: at most this many pairs of half-steps; the result says whether it converged.
+        shards: the processes that solve this together. Each calls with the same arguments, takes its share of the
+            columns, and gets the same result.
 
     Raises:
         ValueError: `ε`, `tol` or `max_iterations` not positive; potentials of the wrong length or not finite; bad
@@ -95,12 +99,11 @@ def sinkhorn(
     g = _start(cost, init)
     held_rows, held_cols = (torch.nonzero(mass).squeeze(1) for mass in (row_mass, col_mass))
     if (len(held_rows), len(held_cols)) == cost.shape:
-        f, g, error, iterations = _solve(cost, g, epsilon, row_mass, col_mass, tol, max_iterations)
+        f, g, error, iterations = _solve(cost, g, epsilon, row_mass, col_mass, tol, max_iterations, shards)
     else:
         # What holds no mass takes no part. Its potentials follow from the others'.
-        part = RestrictedCost(cost, held_rows, held_cols)
-        part_mass = row_mass[held_rows], col_mass[held_cols]
-        f_held, g_held, error, iterations = _solve(part, g[held_cols], epsilon, *part_mass, tol, max_iterations)
+        part, part_mass = cost.restricted(held_rows, held_cols), (row_mass[held_rows], col_mass[held_cols])
+        f_held, g_held, error, iterations = _solve(part, g[held_cols], epsilon, *part_mass, tol, max_iterations, shards)
         f = soft_ctransform(cost, torch.zeros_like(g).index_copy_(0, held_cols, g_held), epsilon, col_mass.log())
         f.index_copy_(0, held_rows, f_held)
         g = soft_ctransform(cost.transposed(), f, epsilon, row_mass.log()).index_copy_(0, held_cols, g_held)
@@ -126,6 +129,7 @@ def nearest_potentials(
     epsilon: float,
     a: Tensor | None = None,
     b: Tensor | None = None,
+    shards: Shards = ALONE,
 ) -> int:
     """Which of the candidate `g`, each `(m,)`, is nearest to the solution: the index of the one whose plan, after one
     half-step, has the smallest L1 error of its column marginal."""
@@ -136,9 +140,11 @@ def nearest_potentials(
             f"got {[tuple(g.shape) for g in candidates]}"
         )
     row_mass, col_mass = (mass.to(cost.dtype) for mass in marginals(cost, a, b))
+    mine = shards.part(cost.shape[0])
+    part = _Stream(cost.restricted(mine, slice(None)), epsilon, row_mass[mine], col_mass, shards)
     errors = []
     for g in candidates:
-        _, next_g = _streamed_step(cost, g, epsilon, row_mass, col_mass)
+        _, next_g = part.step(g)
         error = _marginal_error(col_mass, g, next_g, epsilon)
         errors.append(math.inf if math.isnan(error) else error)
     return min(range(len(errors)), key=errors.__getitem__)
@@ -157,28 +163,30 @@ def _start(cost: Cost, init: SparsePlan | SinkhornResult | Potentials | None) ->
 
 
 def _solve(
-    cost: Cost, g: Tensor, epsilon: float, a: Tensor, b: Tensor, tol: float, max_iterations: int
+    cost: Cost, g: Tensor, epsilon: float, a: Tensor, b: Tensor, tol: float, max_iterations: int, shards: Shards
 ) -> tuple[Tensor, Tensor, float, int]:
     """Potentials with exact columns, their row error and the iterations taken, from `g`; all masses are positive."""
-    cost = held(cost)
-    if isinstance(cost, DenseCost):
-        kernel = _Kernel(cost, g, epsilon, a, b)
-        f, step = kernel.rows(g), kernel.step
+    mine = shards.part(cost.shape[1])
+    part = shards.attempt(lambda: held(cost.restricted(slice(None), mine) if shards.count > 1 else cost))
+    half_steps: _Kernel | _Stream
+    if isinstance(part, DenseCost):
+        half_steps = _Kernel(part, g[mine], epsilon, a, b[mine], shards)
+        f = half_steps.rows(g[mine])
     else:
-        backward = cost.transposed()
-        f = soft_ctransform(cost, g, epsilon, b.log())
-        step = lambda f: _streamed_step(backward, f, epsilon, b, a)  # noqa: E731
+        half_steps = _Stream(part.transposed(), epsilon, b[mine], a, shards)
+        some = cost.restricted(shards.part(cost.shape[0]), slice(None))
+        f = shards.joined(shards.attempt(lambda: soft_ctransform(some, g, epsilon, b.log())), cost.shape[0])
     acceleration = Anderson(a)
-    best = f, g, math.inf
+    best = f, g[mine], math.inf
     iterations = 0
     while best[2] > tol and iterations < max_iterations:
-        g, next_f = step(f)
+        g_mine, next_f = half_steps.step(f)
         iterations += 1
         error = _marginal_error(a, f, next_f, epsilon)
         if error < best[2] or iterations == 1:
-            best = f, g, error
+            best = f, g_mine, error
         f = acceleration.next(f, next_f, error)
-    return *best, iterations
+    return best[0], shards.joined(best[1], cost.shape[1]), best[2], iterations
 
 
 def _marginal_error(mass: Tensor, potential: Tensor, exact: Tensor, epsilon: float) -> float:
@@ -187,49 +195,85 @@ def _marginal_error(mass: Tensor, potential: Tensor, exact: Tensor, epsilon: flo
     return float(torch.where(mass > 0, mass * excess, 0.0).sum())
 
 
-def _streamed_step(cost: Cost, g: Tensor, epsilon: float, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """`f`, `(n,)`, from `g`, `(m,)`, and the next `g` from that, in one pass over the cost.
+class _Stream:
+    """Half-steps in one pass over the cost, of which this process holds some rows, `(n, m)`, and their masses `a`.
 
     Once a tile's rows are exact its plan is at hand, `σ_ij = a_i softmax_j(...)`, and the column sums of the plan say
     by how much `g` has to move.
     """
-    bias = g / epsilon + b.log()
-    parts, column = [], torch.zeros_like(g)
-    for tile, work in workspaces(cost):
-        logits = torch.div(cost.rows(tile), -epsilon, out=work).add_(bias)
-        top = logits.amax(dim=1)
-        total = logits.sub_(top[:, None]).exp_().sum(dim=1)
-        parts.append(top.add_(total.log()))
-        column.addmv_(logits.T, a[tile] / total)
-    f = torch.cat(parts).mul_(-epsilon)
-    if bool((column < math.exp(-2 * _ABSORB) * b).any()):
-        # A column too dear for every row: its sum has underflowed, and only a logarithm of its own can tell.
-        return f, soft_ctransform(cost.transposed(), f, epsilon, a.log())
-    return f, torch.where(b > 0, g - epsilon * (column / b).log(), g)
+
+    def __init__(self, cost: Cost, epsilon: float, a: Tensor, b: Tensor, shards: Shards) -> None:
+        self.cost, self.epsilon, self.a, self.b, self.shards = cost, epsilon, a, b, shards
+
+    def step(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """The `f`, `(n,)`, that makes these rows exact beside `g`, `(m,)`, and the next `g` from all rows."""
+        parts: list[Tensor] = []
+        sums = self.shards.total(lambda: self._sums(g, parts), g)
+        f = torch.cat(parts).mul_(-self.epsilon)
+        if bool((sums < _VANISHED * self.b).any()):
+            # A column too dear for every row: its sum has underflowed, and only a logarithm of its own can tell.
+            return f, self._log_domain(f, g)
+        return f, torch.where(self.b > 0, g - self.epsilon * (sums / self.b).log(), g)
+
+    def _sums(self, g: Tensor, parts: list[Tensor]) -> Tensor:
+        bias = g / self.epsilon + self.b.log()
+        column = torch.zeros_like(g)
+        for tile, work in workspaces(self.cost):
+            logits = torch.div(self.cost.rows(tile), -self.epsilon, out=work).add_(bias)
+            top = logits.amax(dim=1)
+            total = logits.sub_(top[:, None]).exp_().sum(dim=1)
+            parts.append(top.add_(total.log()))
+            column.addmv_(logits.T, self.a[tile] / total)
+        return column
+
+    def _log_domain(self, f: Tensor, g: Tensor) -> Tensor:
+        mine = soft_ctransform(self.cost.transposed(), f, self.epsilon, self.a.log())
+        # exp(-g/ε) adds up over the processes; about the least of them nothing overflows.
+        least = self.shards.least(lambda: mine, g)
+        return least - self.epsilon * self.shards.total(lambda: ((least - mine) / self.epsilon).exp(), g).log()
 
 
 class _Kernel:
     """`K_ij = exp((f_i + g_j - C_ij)/ε)` about feasible duals `f`, `g`: none of it above one, no row or column without
-    a one, so that products with it neither overflow nor vanish as long as potentials stay near."""
+    a one, so that products with it neither overflow nor vanish as long as potentials stay near. This process holds some
+    columns, `(n, m)`, and their masses `b`."""
 
-    def __init__(self, cost: Cost, g: Tensor, epsilon: float, a: Tensor, b: Tensor) -> None:
-        self.cost, self.epsilon, self.a, self.b = cost, epsilon, a, b
-        self._centre(*feasible_duals(cost, g))
+    def __init__(self, cost: Cost, g: Tensor, epsilon: float, a: Tensor, b: Tensor, shards: Shards) -> None:
+        self.cost, self.epsilon, self.a, self.b, self.shards = cost, epsilon, a, b, shards
+        self._centre(g)
 
-    def _centre(self, f: Tensor, g: Tensor) -> None:
-        self.f, self.g = f, g
-        self.kernel = torch.empty(self.cost.shape, dtype=self.cost.dtype, device=self.cost.device)
+    def _centre(self, g: Tensor) -> None:
+        """Makes the kernel about duals that are grown from `g`."""
+        grown: list[Tensor] = []
+
+        def rows() -> Tensor:
+            f, own_g = feasible_duals(self.cost, g)
+            grown.append(own_g)
+            return f
+
+        self.f = self.shards.least(rows, self.a)
+        alone = self.shards.count == 1
+        # Beside the duals of all processes' rows this one's columns may have to be lower.
+        self.g = grown[0] if alone else self.shards.attempt(
+            lambda: feasible_duals(self.cost.transposed(), self.f)[0]
+        )  # fmt: skip
+        self.kernel = self.shards.attempt(self._filled)
+
+    def _filled(self) -> Tensor:
+        matrix = torch.empty(self.cost.shape, dtype=self.cost.dtype, device=self.cost.device)
         # Denormal numbers are as good as zero, and would make both this and the products several times slower.
-        tiny = torch.finfo(self.kernel.dtype).tiny
+        tiny = torch.finfo(matrix.dtype).tiny
         for tile in tiles(self.cost):
-            kernel = torch.sub(self.cost.rows(tile), g, out=self.kernel[tile]).sub_(f[tile, None]).div_(-self.epsilon)
-            kernel.clamp_(min=math.log(tiny) + 1).exp_()
+            kernel = torch.sub(self.cost.rows(tile), self.g, out=matrix[tile]).sub_(self.f[tile, None])
+            kernel.div_(-self.epsilon).clamp_(min=math.log(tiny) + 1).exp_()
             torch.threshold_(kernel, 4 * tiny, 0.0)
+        return matrix
 
     def rows(self, g: Tensor) -> Tensor:
         """The `f`, `(n,)`, that makes the rows exact beside `g`, `(m,)`, about which the kernel was made."""
         scaling = ((g - self.g) / self.epsilon).exp()
-        return self.f - self.epsilon * torch.mv(self.kernel, self.b * scaling).log()
+        sums = self.shards.total(lambda: torch.mv(self.kernel, self.b * scaling), self.f)
+        return self.f - self.epsilon * sums.log()
 
     def step(self, f: Tensor) -> tuple[Tensor, Tensor]:
         """The `g`, `(m,)`, that makes the columns exact beside `f`, `(n,)`, and the next `f` from that."""
@@ -238,14 +282,23 @@ class _Kernel:
             # About duals grown from the `g` that belongs to `f` no product is greater than `n`, or vanishes.
             if not bool(g.isfinite().all()):
                 g, _ = feasible_duals(self.cost.transposed(), f)
-            self._centre(*feasible_duals(self.cost, g))
+            self._centre(g)
             g, next_f, _ = self._step(f)
         return g, next_f
 
     def _step(self, f: Tensor) -> tuple[Tensor, Tensor, bool]:
-        weight = self.a * ((f - self.f) / self.epsilon).exp()
-        columns = torch.mv(self.kernel.T, weight)
-        rows = torch.mv(self.kernel, self.b / columns)
-        least = torch.minimum((columns / self.a.amax()).amin(), (rows / self.b.amax()).amin())
-        safe = (weight.amax() <= math.exp(_ABSORB)) & (least >= math.exp(-2 * _ABSORB)) & rows.isfinite().all()
-        return self.g - self.epsilon * columns.log(), self.f - self.epsilon * rows.log(), bool(safe)
+        columns = torch.empty_like(self.g)
+
+        def rows() -> Tensor:
+            weight = self.a * ((f - self.f) / self.epsilon).exp()
+            torch.mv(self.kernel.T, weight, out=columns)
+            unsafe = (weight.amax() > math.exp(_ABSORB)) | ~(columns.amin() >= _VANISHED)
+            # What is no number could not be told from a failure; the zero that stands for it is unsafe as well.
+            sums = torch.mv(self.kernel, self.b / columns).nan_to_num_(nan=0.0, posinf=0.0)
+            return torch.cat([sums, unsafe[None].to(sums.dtype)])
+
+        # With the sums goes word of whether a process has to make its kernel anew, which all have to do together.
+        sums = self.shards.total(rows, torch.cat([self.f, self.f[:1]]))
+        rows_, unsafe = sums[:-1], sums[-1]
+        safe = bool((unsafe == 0) & (rows_.amin() >= _VANISHED))
+        return self.g - self.epsilon * columns.log(), self.f - self.epsilon * rows_.log(), safe

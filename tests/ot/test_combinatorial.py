@@ -254,6 +254,9 @@ class RecordingCost:
     def entries(self, rows, cols):
         return self.cost.entries(rows, cols)
 
+    def restricted(self, rows, cols):
+        return RecordingCost(self.cost.restricted(rows, cols), self.record)
+
     def transposed(self):
         return RecordingCost(self.cost.transposed(), self.record)
 

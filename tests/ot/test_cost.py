@@ -6,7 +6,7 @@ import torch
 
 from openclip_otco.ot import CosineCost, DenseCost, combinatorial_plan, exact_plan, sinkhorn
 from openclip_otco.ot import cost as cost_module
-from openclip_otco.ot.cost import RestrictedCost, as_cost, cost_range, tiles, whole
+from openclip_otco.ot.cost import as_cost, cost_range, tiles, whole
 from openclip_otco.ot.marginals import marginals
 
 
@@ -38,7 +38,7 @@ def test_entries_and_restrictions_are_those_of_the_matrix(make):
     matrix = whole(cost)
     rows, cols = torch.tensor([0, 8, 8, 3]), torch.tensor([8, 0, 1, 3])
     torch.testing.assert_close(cost.entries(rows, cols), matrix[rows, cols], atol=1e-14, rtol=0)
-    part, expected = RestrictedCost(cost, rows, cols[:3]), matrix[rows][:, cols[:3]]
+    part, expected = cost.restricted(rows, cols[:3]), matrix[rows][:, cols[:3]]
     assert part.shape == (4, 3)
     torch.testing.assert_close(whole(part), expected, atol=1e-14, rtol=0)
     torch.testing.assert_close(whole(part.transposed()), expected.T, atol=1e-14, rtol=0)

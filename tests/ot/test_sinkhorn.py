@@ -231,6 +231,9 @@ class Spy:
     def entries(self, rows, cols):
         return self.cost.entries(rows, cols)
 
+    def restricted(self, rows, cols):
+        return Spy(self.cost.restricted(rows, cols), self.record)
+
     def transposed(self):
         return Spy(self.cost.transposed(), self.record)
 
