@@ -83,12 +83,24 @@ class FeatureWindow:
         return {"batches": [list(batch) for batch in self._batches], "dropped": self.dropped}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
-        """Takes up a saved window; of a longer or larger one, what this window has room for."""
+        """Takes up a saved window; of a longer or larger one, what this window has room for.
+
+        Raises:
+            KeyError, TypeError, ValueError: the state is none. The window is empty then.
+        """
         self.clear()
-        room = self.steps - 1  # a full window has become a plan before it is saved
-        for index, (images, texts) in enumerate(state["batches"][-room:] if room else []):
-            self.add(images.to(device), texts.to(device), step=index)
-        self.dropped = int(state["dropped"])
+        try:
+            room = self.steps - 1  # a full window has become a plan before it is saved
+            for index, (images, texts) in enumerate(state["batches"][-room:] if room else []):
+                if not images.is_floating_point() or images.ndim != 2 or images.shape != texts.shape:
+                    raise ValueError("a window's features must be pairs of (B, d) tensors")
+                self.add(images.to(device), texts.to(device), step=index)
+            if len({images.shape[1] for images, _ in self._batches}) > 1:
+                raise ValueError("a window's features must have one width")
+            self.dropped = int(state["dropped"])
+        except Exception:
+            self.clear()
+            raise
 
 
 class PlanCache:
@@ -128,6 +140,9 @@ class PlanCache:
         while len(self) > self.size:
             self._plans.popitem(last=False)
 
+    def clear(self) -> None:
+        self._plans.clear()
+
     def draw(self, count: int, step: int) -> tuple[TransportPlan, ...]:
         """`count` different plans for `step`, or all where there are fewer."""
         generator = random.Random(f"{self.seed}/{step}")
@@ -138,6 +153,14 @@ class PlanCache:
         return {"plans": [plan.state_dict() for plan in self._plans.values()]}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
+        """Takes up saved plans, the newest ones where there are more than `size`.
+
+        Raises:
+            KeyError, TypeError, ValueError: the state is none. The cache is as it was then.
+        """
+        plans = [TransportPlan.from_state_dict(plan).to(device) for plan in state["plans"]]
+        if len({plan.image_features.shape[1] for plan in plans}) > 1:
+            raise ValueError("plans of different widths")
         self._plans.clear()
-        for plan in state["plans"]:
-            self.add(TransportPlan.from_state_dict(plan).to(device))
+        for plan in plans:
+            self.add(plan)

@@ -131,9 +131,18 @@ class PlanCacheCallback:
             if self.master:
                 logging.info("=> no OTCO state in the checkpoint, starting with an empty plan cache")
             return
-        self.cache.load_state_dict(state["cache"], self.device)
-        self.window.load_state_dict(state["window"], self.device)
-        self.made, self.skipped = int(state["made"]), int(state["skipped"])
+        try:
+            made, skipped = int(state["made"]), int(state["skipped"])
+            self.cache.load_state_dict(state["cache"], self.device)
+            self.window.load_state_dict(state["window"], self.device)
+        except Exception as error:  # of another version, or broken: the weights are worth more than the plans
+            self.cache.clear()
+            self.window.clear()
+            if self.master:
+                reason = f"{type(error).__name__}: {error}"
+                logging.warning(f"=> OTCO state in the checkpoint is not usable, starting with an empty one. {reason}")
+            return
+        self.made, self.skipped = made, skipped
         if self.master:
             logging.info(f"=> resuming OTCO with {len(self.cache)} cached plans (steps {list(self.cache)})")
 

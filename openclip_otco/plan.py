@@ -142,10 +142,18 @@ class TransportPlan:
         """The plan that `state_dict` described.
 
         Raises:
-            TypeError: a field is missing, unknown or no tensor.
-            ValueError: the fields do not fit each other.
+            TypeError: a field is missing, unknown or of another type.
+            ValueError: the fields do not fit each other, or are not finite.
         """
-        return cls(**state)  # type: ignore[arg-type]
+        plan = cls(**state)  # type: ignore[arg-type]
+        tensors = (plan.image_features, plan.text_features, plan.f, plan.g)
+        if not all(tensor.dtype == torch.float32 for tensor in tensors):
+            raise TypeError("a plan's features and potentials must be float32 tensors")
+        if type(plan.epsilon) is not float or type(plan.step) is not int:
+            raise TypeError("a plan's epsilon must be a float and its step an int")
+        if not 0 < plan.epsilon < math.inf or not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            raise ValueError("a plan's features, potentials and epsilon must be finite")
+        return replace(plan, diagnostics={str(name): float(value) for name, value in plan.diagnostics.items()})
 
     def _potential(self, queries: Tensor, support: Tensor, potential: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
+import pickle
+import random
 import sys
 import types
 
 import pytest
 import torch
 from conftest import paired_features
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from openclip_otco import FeatureWindow, OTCOLoss, PlanCache, PlanCacheCallback, PlanSolver
 
@@ -198,6 +203,104 @@ def test_a_plain_checkpoint_resumes_with_an_empty_cache_and_one_line(caplog):
     ]
     callback.on_train_start(step=5, total_steps=10)
     assert callback.loss.newest is None
+
+
+def saved_state() -> dict:
+    callback = make_callback(warmup=0)
+    callback.on_train_start(step=0, total_steps=40)
+    train(callback, range(10))
+    return callback.on_save_checkpoint()
+
+
+def takes_up_and_trains(state) -> PlanCacheCallback:
+    """Whatever the state is: it is used or told of, and training goes on with finite numbers."""
+    callback = make_callback(warmup=0)
+    callback.on_load_checkpoint(state)
+    callback.on_train_start(step=10, total_steps=40)
+    v, t = paired_features(16, seed=0)
+    assert all(plan.image_features.shape[1] == v.shape[1] for plan in callback.loss.drawn)
+    assert torch.isfinite(callback.loss(v, t, torch.tensor(10.0)))
+    return callback
+
+
+def test_a_thousand_broken_checkpoints_are_refused_or_survived(caplog):
+    """Bytes flipped, cut off, doubled: the loader refuses the file, or what it yields is taken up without harm."""
+    caplog.set_level(logging.CRITICAL)
+    buffer = io.BytesIO()
+    torch.save({"plugins": {"otco": saved_state()}}, buffer)
+    whole, generator = buffer.getvalue(), random.Random(0)
+    refused = survived = 0
+    for _ in range(1000):
+        data = bytearray(whole)
+        at = generator.randrange(len(data))
+        match generator.randrange(4):
+            case 0:
+                data = data[:at]
+            case 1:
+                data[at : at + 64] = data[: generator.randrange(64)]
+            case _:
+                for _ in range(generator.choice((1, 4, 64))):
+                    data[generator.randrange(len(data))] = generator.randrange(256)
+        try:
+            state = torch.load(io.BytesIO(bytes(data)), weights_only=True)["plugins"]["otco"]
+        except Exception:
+            refused += 1
+            continue
+        takes_up_and_trains(state)
+        survived += 1
+    assert refused + survived == 1000
+    assert min(refused, survived) > 50
+
+
+ANYTHING = st.one_of(
+    st.none(), st.integers(-3, 3), st.floats(), st.text(max_size=3), st.lists(st.integers(), max_size=2),
+    st.just({}), st.builds(lambda *shape: torch.zeros(shape), st.integers(0, 3), st.integers(0, 3)),
+    st.just(torch.full((4, 24), torch.nan)), st.just(torch.zeros(8, dtype=torch.int64)),
+)  # fmt: skip
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_any_value_anywhere_in_the_state_is_survived(data):
+    state = copy.deepcopy(STATE)
+    node = state
+    while True:
+        key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else list(range(len(node)))))
+        child = node[key]
+        if not isinstance(child, dict | list) or not child or data.draw(st.booleans()):
+            break
+        node = child
+    if data.draw(st.booleans()):
+        node[key] = data.draw(ANYTHING)
+    else:
+        del node[key]
+    takes_up_and_trains(state)
+
+
+STATE = saved_state()
+
+
+def test_a_broken_state_is_told_in_one_line(caplog):
+    state = copy.deepcopy(STATE)
+    state["cache"]["plans"][0]["f"][3] = torch.nan
+    callback = make_callback()
+    callback.on_load_checkpoint(state)
+    assert len(callback.cache) == len(callback.window) == 0
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "not usable, starting with an empty one. ValueError: a plan's" in caplog.text
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_a_checkpoint_that_carries_code_is_refused(capsys):
+    buffer = io.BytesIO()
+    torch.save({"plugins": {"otco": {**STATE, "made": Payload()}}}, buffer)
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    assert "executed" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import warnings
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_captions import write_shard
 
 from openclip_otco import OTCOLoss
@@ -104,11 +108,37 @@ def test_bad_values_end_with_one_line_and_code_2(parse, capsys, flag, value):
     assert value in error
 
 
+words = st.one_of(
+    st.sampled_from([option.flag for option in OPTIONS]),
+    st.sampled_from(["--otco", "--otco-", "--", "-", "", "=", "--otco-window=3", "--otco-epsilon=1e-3"]),
+    st.sampled_from(["0", "-1", "1", "0.5", "nan", "inf", "-inf", "1e400", "none", "emd", "0x10", "１", "1_0", "\x00"]),
+    st.text(max_size=6),
+)
+
+
+@given(argv=st.lists(words, max_size=6), loss=st.sampled_from(["otco", "clip"]))
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_arguments_parse_or_end_with_code_2_and_a_reason(parse, argv, loss):
+    stderr, args, code = io.StringIO(), None, None
+    try:
+        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            args = parse(*argv, loss=loss)
+    except SystemExit as ended:
+        code = ended.code
+    if args is None:
+        assert code in (0, 2)  # 0: an abbreviation of --help
+        assert not code or "main: error: " in stderr.getvalue()
+    elif loss == "otco":
+        assert all(option.accepts(getattr(args, option.dest)) for option in OPTIONS)
+
+
 @pytest.mark.parametrize(
     ("open_clip", "message"),
     [
         ({"model": "coca_ViT-B-32"}, "CoCa"),
         ({"distill_model": "ViT-B-32"}, "distill"),
+        ({"horovod": True}, "argument --horovod: not supported by --loss otco"),
         ({"train_data": "nowhere/{0..3}.tar"}, "none of the 4 shards"),
     ],
 )
