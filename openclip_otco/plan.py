@@ -153,7 +153,9 @@ class TransportPlan:
             raise TypeError("a plan's epsilon must be a float and its step an int")
         if not 0 < plan.epsilon < math.inf or not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
             raise ValueError("a plan's features, potentials and epsilon must be finite")
-        return replace(plan, diagnostics={str(name): float(value) for name, value in plan.diagnostics.items()})
+        if not all(isinstance(value, int | float) for value in dict(plan.diagnostics).values()):
+            raise TypeError("a plan's diagnostics must be plain numbers")
+        return plan
 
     def _potential(self, queries: Tensor, support: Tensor, potential: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):

@@ -85,13 +85,45 @@ def test_an_accumulated_step_enters_the_window_once(lab: Lab, patched: Path) -> 
     assert all(plan["image_features"].shape == (16, 16) for plan in state["cache"]["plans"])
 
 
+# Two ranks, enough pairs a window to be shared out, and no random crops: OpenCLIP does not restore their generator.
+TWO_RANKS = (
+    "--loss", "otco", *FEW_STEPS, "--local-loss", "--gather-with-grad", "--otco-window", "8", "--epochs", "2",
+    "--aug-cfg", "scale=(1.0, 1.0)", "ratio=(1.0, 1.0)",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two_ranks(lab: Lab, patched: Path) -> Run:
+    data = ("--train-data", str(lab.folder / "large.csv"), "--debug")
+    return lab.start("otco-ranks", patched, OTCO, *TWO_RANKS, *data, ranks=2).wait()
+
+
 @pytest.mark.training
-def test_two_ranks_hold_the_same_plans_and_train(lab: Lab, patched: Path) -> None:
-    options = ("--loss", "otco", *FEW_STEPS, "--local-loss", "--gather-with-grad", "--otco-window", "1")
-    run = lab.start("otco-ranks", patched, OTCO, *options, ranks=2).wait()
-    plan = run.checkpoint(1)["plugins"]["otco"]["cache"]["plans"][-1]
-    assert plan["image_features"].shape == (16, 16)  # both ranks' batches of 8
-    assert torch.isfinite(plan["f"]).all()
+def test_two_ranks_hold_the_same_plans_and_train(two_ranks: Run) -> None:
+    assert "OTCO Plans: 6 made, 0 skipped" in two_ranks.output
+    plan = two_ranks.checkpoint(2)["plugins"]["otco"]["cache"]["plans"][-1]
+    assert plan["image_features"].shape == (128, 16)  # both ranks' batches of 8 in 8 steps
+    digests = re.findall(r"digest (\w+) at step (\d+) on rank (\d)", two_ranks.output)
+    assert len(digests) == 12
+    by_rank = [{step: digest for digest, step, rank in digests if rank == which} for which in "01"]
+    assert by_rank[0] == by_rank[1]
+    assert len(set(by_rank[0].values())) == 6
+
+
+@pytest.mark.training
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(lab: Lab, patched: Path, two_ranks: Run) -> None:
+    """To the bit: plans, weights, optimizer and losses. The window was half full when the run stopped."""
+    file = str(two_ranks.folder / "checkpoints" / "epoch_1.pt")
+    data = ("--train-data", str(lab.folder / "large.csv"), "--resume", file)
+    resumed = lab.start("otco-ranks-resumed", patched, OTCO, *TWO_RANKS, *data, ranks=2).wait()
+    assert len(two_ranks.checkpoint(1)["plugins"]["otco"]["window"]["batches"]) == 1
+    assert resumed.steps == two_ranks.steps[25:]
+    ours, straight = resumed.checkpoint(2), two_ranks.checkpoint(2)
+    for checkpoint in (ours, straight):
+        for plan in checkpoint["plugins"]["otco"]["cache"]["plans"]:
+            assert plan["diagnostics"].pop("seconds") > 0
+        checkpoint.pop("name")
+    assert_equal(ours, straight)
 
 
 @pytest.mark.training
