@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from hook_fixtures import Lab, Run, assert_equal
 
 OTCO = "otco = openclip_otco.plugin:OTCOPlugin"
