@@ -5,6 +5,8 @@ They inherit from nothing and import torch late, as a plugin may.
 
 import argparse
 import json
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -109,3 +111,20 @@ class TwinPlugin(SiglipPlugin):
 class UnfinishedPlugin(ExamplePlugin):
     def __init__(self) -> None:
         raise NotImplementedError("not today")
+
+
+def DyingPlugin() -> Any:
+    """OTCO on two ranks, of which one is killed in the middle of its second plan."""
+    from openclip_otco.ot.shards import DistributedShards
+    from openclip_otco.plugin import OTCOPlugin
+
+    total, calls = DistributedShards.total, []
+
+    def dying_total(self: Any, make: Any, like: Any) -> Any:
+        calls.append(make)
+        if self.rank == 1 and len(calls) == 12:  # a plan takes about eight
+            os.kill(os.getpid(), signal.SIGKILL)
+        return total(self, make, like)
+
+    DistributedShards.total = dying_total
+    return OTCOPlugin()

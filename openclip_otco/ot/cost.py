@@ -14,6 +14,8 @@ from torch import Tensor
 # GPU enough to keep it busy.
 TILE_ELEMENTS = 2**19
 GPU_TILE_ELEMENTS = 2**25
+# Tiles that are made from features are so much larger: a product of few rows is slow.
+LAZY_FACTOR = 8
 # Up to this many entries a cost may be kept as a matrix: 256 MiB of float32.
 DENSE_ENTRIES = 8192 * 8192
 
@@ -192,7 +194,10 @@ def whole(cost: Cost) -> Tensor:
 
 def rows_per_tile(cost: Cost) -> int:
     """How many rows of `cost` may be asked for at a time."""
-    elements = GPU_TILE_ELEMENTS if cost.device.type == "cuda" else TILE_ELEMENTS
+    if cost.device.type == "cuda":
+        elements = GPU_TILE_ELEMENTS
+    else:
+        elements = TILE_ELEMENTS * (1 if isinstance(cost, DenseCost) else LAZY_FACTOR)
     return max(1, elements // cost.shape[1])
 
 

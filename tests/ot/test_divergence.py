@@ -203,6 +203,7 @@ def test_streaming_gives_value_and_gradient_of_the_kept_path(monkeypatch):
     monkeypatch.setattr(cost_module.CosineCost, "rows", spying_rows)
     monkeypatch.setattr(cost_module, "DENSE_ENTRIES", 0)
     monkeypatch.setattr(cost_module, "TILE_ELEMENTS", 70)
+    monkeypatch.setattr(cost_module, "LAZY_FACTOR", 1)
     streamed = run()
     assert max(asked) <= 70
     for ours, theirs in zip(streamed, kept, strict=True):

@@ -53,6 +53,7 @@ def primal(plan, matrix, epsilon, a=None, b=None):
 def stream(monkeypatch, elements=150):
     monkeypatch.setattr(cost_module, "DENSE_ENTRIES", 0)
     monkeypatch.setattr(cost_module, "TILE_ELEMENTS", elements)
+    monkeypatch.setattr(cost_module, "LAZY_FACTOR", 1)
 
 
 @pytest.fixture(params=["kept", "streamed"])
