@@ -277,6 +277,40 @@ def sinkhorn_section(n: int, repeats: int, folder: Path, slow: bool, out: dict) 
     )
 
 
+def profile_section(n: int, repeats: int, folder: Path, out: dict) -> str:
+    """Where the time of a Sinkhorn solve goes."""
+    from openclip_otco.ot.anderson import Anderson
+    from openclip_otco.ot.cost import DenseCost
+    from openclip_otco.ot.shards import ALONE
+    from openclip_otco.ot.sinkhorn import _Kernel
+    from openclip_otco.ot.sparse_plan import feasible_duals
+
+    x, y = features(EPOCHS[1], n, folder)
+    matrix = 1 - x @ y.T
+    mass, g, epsilon = torch.full((n,), 1 / n), torch.zeros(n), 0.02
+    cost = DenseCost(matrix)
+    kernel = _Kernel(cost, g, epsilon, mass, mass, ALONE)
+    f = kernel.rows(g)
+    acceleration = Anderson(mass)
+    points = [f + 1e-3 * torch.rand(n) for _ in range(8)]
+    seconds = race(
+        {
+            "range of the cost, which finds NaN": lambda: DenseCost(matrix),
+            "feasible duals": lambda: feasible_duals(cost, g),
+            "duals and kernel": lambda: _Kernel(cost, g, epsilon, mass, mass, ALONE),
+            "an iteration": lambda: kernel.step(f),
+            "its two products, `torch.mv`": lambda: (torch.mv(kernel.kernel, mass), torch.mv(kernel.kernel.T, mass)),
+            "the same two reads, `sum`": lambda: (kernel.kernel.sum(), kernel.kernel.sum()),
+            "acceleration": lambda: [acceleration.next(p, 0.9 * p, 1.0) for p in points],
+        },
+        4 * repeats,
+    )
+    seconds["acceleration"] = [s / len(points) for s in seconds["acceleration"]]
+    out["profile"] = {"n": n, "epsilon": epsilon, "seconds": seconds}
+    rows = [[name, f"{1e3 * median(runs):.2f}"] for name, runs in seconds.items()]
+    return f"## Where the time of a solve goes, ε = {epsilon}\n\n" + table([f"N = {n}", "ms"], rows)
+
+
 def iterations_section(n: int, folder: Path, out: dict) -> str:
     import ot as pot
 
@@ -473,27 +507,37 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=4096, help="N of all sections but growth and memory")
     parser.add_argument("--largest", type=int, default=16384, help="largest N of growth and memory")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", nargs="+", default=[], metavar="SECTION", help="measure these sections anew")
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory:
         return measure_memory(args.memory, args.features)
     args.out.mkdir(parents=True, exist_ok=True)
-    found: dict[str, object] = {"setting": setting(args.features)}
-    sections = [
-        lambda: combinatorial_section(args.points, args.repeats, args.features, found),
-        lambda: sinkhorn_section(args.points, args.repeats, args.features, True, found),
-        lambda: iterations_section(args.points, args.features, found),
-        lambda: update_section(args.points, args.repeats, args.features, found),
-        lambda: memory_section(args.largest, args.features, found),
-        lambda: growth_section(args.largest, args.features, found, args.out / "solvers.png"),
-    ]
+    sections: dict[str, Callable[[dict], str]] = {
+        "combinatorial": lambda out: combinatorial_section(args.points, args.repeats, args.features, out),
+        "sinkhorn": lambda out: sinkhorn_section(args.points, args.repeats, args.features, True, out),
+        "profile": lambda out: profile_section(args.points, args.repeats, args.features, out),
+        "iterations": lambda out: iterations_section(args.points, args.features, out),
+        "update": lambda out: update_section(args.points, args.repeats, args.features, out),
+        "memory": lambda out: memory_section(args.largest, args.features, out),
+        "growth": lambda out: growth_section(args.largest, args.features, out, args.out / "solvers.png"),
+    }
+    if unknown := set(args.only) - set(sections):
+        parser.error(f"argument --only: no section {', '.join(sorted(unknown))}; there are {', '.join(sections)}")
+    file = args.out / "solvers.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    for name, section in sections.items():
+        if args.only and name not in args.only:
+            continue
+        out: dict[str, object] = {"setting": setting(args.features)}
+        text = section(out)
+        found[name] = {"text": text, **out}
+        print(text, flush=True)
+        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     made = ", ".join(f"{k} {v}" for k, v in setting(args.features).items())
     page = [f"Made by `python benchmarks/solvers.py` with {made}."]
-    for section in sections:
-        page.append(section())
-        print(page[-1], flush=True)
-        (args.out / "solvers.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
-        (args.out / "solvers.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    page += [found[name]["text"] for name in sections if name in found]
+    (args.out / "solvers.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"\nPeak memory of all that: {used:.1f} GiB. Written: {args.out}/solvers.md, solvers.json, solvers.png")
 

@@ -41,7 +41,7 @@ class CandidateLists:
         self.columns = torch.empty(n, size, dtype=torch.long, device=cost.device)
         self.costs = torch.empty(n, size, dtype=cost.dtype, device=cost.device)
         self.beyond = torch.empty(n, dtype=cost.dtype, device=cost.device)  # what is off the list costs this at least
-        self._work = torch.empty(2, min(rows_per_tile(cost), n), m, dtype=cost.dtype, device=cost.device)
+        self._work = torch.empty(3, min(rows_per_tile(cost), n), m, dtype=cost.dtype, device=cost.device)
         for tile in tiles(cost):
             self._look(tile, price)
 
@@ -66,9 +66,9 @@ class CandidateLists:
 
     def _look(self, rows: slice | Tensor, price: Tensor) -> None:
         """Makes the lists of `rows` anew."""
-        costs = self.cost.rows(rows)
-        work, priced = self._work[:, : len(costs)]
-        costs = torch.sub(costs, self.low, out=work).div_(self.spread).add_(self._noise[rows])
+        size = len(rows) if isinstance(rows, Tensor) else rows.stop - rows.start
+        made, work, priced = self._work[:, :size]
+        costs = torch.sub(self.cost.rows(rows, made), self.low, out=work).div_(self.spread).add_(self._noise[rows])
         size = self.columns.shape[1]
         values, columns = torch.add(costs, price, out=priced).topk(size, dim=1, largest=False, sorted=False)
         self.beyond[rows] = values.amax(dim=1) if size < costs.shape[1] else torch.inf

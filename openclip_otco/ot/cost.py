@@ -32,8 +32,9 @@ class Cost(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def rows(self, index: slice | Tensor) -> Tensor:
-        """The rows `index` of the matrix, `(len(index), m)`, to be read only: they may be the cost's own memory."""
+    def rows(self, index: slice | Tensor, out: Tensor | None = None) -> Tensor:
+        """The rows `index` of the matrix, `(len(index), m)`, to be read only: they may be the cost's own memory. Rows
+        that have to be made may be made in `out`, of that shape."""
         ...
 
     def entries(self, rows: Tensor, cols: Tensor) -> Tensor:
@@ -106,8 +107,8 @@ class CosineCost:
     def device(self) -> torch.device:
         return self.x.device
 
-    def rows(self, index: slice | Tensor) -> Tensor:
-        return torch.mm(self.x[index], self.y.T).neg_().add_(1.0)
+    def rows(self, index: slice | Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.mm(self.x[index], self.y.T, out=out).neg_().add_(1.0)
 
     def entries(self, rows: Tensor, cols: Tensor) -> Tensor:
         step = max(1, TILE_ELEMENTS // self.x.shape[1])
@@ -152,7 +153,7 @@ class DenseCost:
     def device(self) -> torch.device:
         return self.matrix.device
 
-    def rows(self, index: slice | Tensor) -> Tensor:
+    def rows(self, index: slice | Tensor, out: Tensor | None = None) -> Tensor:
         return self.matrix[index]
 
     def entries(self, rows: Tensor, cols: Tensor) -> Tensor:
@@ -207,18 +208,25 @@ def tiles(cost: Cost) -> Iterator[slice]:
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
-def workspaces(cost: Cost) -> Iterator[tuple[slice, Tensor]]:
-    """The `tiles`, each with memory of its shape to work in: the same one all the time, as to have the system map new
-    pages for every tile can cost more than the work."""
-    memory = torch.empty(min(rows_per_tile(cost), cost.shape[0]), cost.shape[1], dtype=cost.dtype, device=cost.device)
-    return ((tile, memory[: tile.stop - tile.start]) for tile in tiles(cost))
+def workspaces(cost: Cost) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """The `tiles`, each with its rows and with memory of their shape to work in.
+
+    It is the same memory all the time: to have the system map new pages for every tile can cost more than the work, and
+    small results that come to lie between large tiles would make the heap grow by a tile each.
+    """
+    made, work = torch.empty(
+        2, min(rows_per_tile(cost), cost.shape[0]), cost.shape[1], dtype=cost.dtype, device=cost.device
+    )
+    for tile in tiles(cost):
+        size = tile.stop - tile.start
+        yield tile, cost.rows(tile, made[:size]), work[:size]
 
 
 def cost_range(cost: Cost) -> tuple[float, float]:
     """The least and the greatest entry of `cost`, in one streamed pass."""
     if isinstance(cost, DenseCost):
         return cost.range
-    low, high = zip(*(torch.aminmax(cost.rows(tile)) for tile in tiles(cost)), strict=True)
+    low, high = zip(*(torch.aminmax(rows) for _, rows, _ in workspaces(cost)), strict=True)
     return float(torch.stack(low).min()), float(torch.stack(high).max())
 
 

@@ -116,8 +116,7 @@ def soft_ctransform(cost: Cost, g: Tensor, epsilon: float, log_b: Tensor) -> Ten
     """`f_i = -ε log Σ_j b_j exp((g_j - C_ij)/ε)`, `(n,)`, streamed in tiles of rows."""
     bias = g / epsilon + log_b
     parts = [
-        torch.logsumexp(torch.div(cost.rows(tile), -epsilon, out=work).add_(bias), dim=1)
-        for tile, work in workspaces(cost)
+        torch.logsumexp(torch.div(costs, -epsilon, out=work).add_(bias), dim=1) for _, costs, work in workspaces(cost)
     ]
     return torch.cat(parts).mul_(-epsilon)
 
@@ -218,8 +217,8 @@ class _Stream:
     def _sums(self, g: Tensor, parts: list[Tensor]) -> Tensor:
         bias = g / self.epsilon + self.b.log()
         column = torch.zeros_like(g)
-        for tile, work in workspaces(self.cost):
-            logits = torch.div(self.cost.rows(tile), -self.epsilon, out=work).add_(bias)
+        for tile, costs, work in workspaces(self.cost):
+            logits = torch.div(costs, -self.epsilon, out=work).add_(bias)
             top = logits.amax(dim=1)
             total = logits.sub_(top[:, None]).exp_().sum(dim=1)
             parts.append(top.add_(total.log()))

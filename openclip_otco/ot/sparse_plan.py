@@ -48,8 +48,7 @@ def feasible_duals(cost: Cost, g: Tensor) -> tuple[Tensor, Tensor]:
     Two c-transforms make any `g` feasible and as great as it can be: `f_i + g_j <= C_ij`, with equality in each column.
     """
     rows, columns = [], torch.full_like(g, torch.inf)
-    for tile, work in workspaces(cost):
-        costs = cost.rows(tile)
+    for _, costs, work in workspaces(cost):
         least = torch.sub(costs, g, out=work).amin(dim=1)
         columns = torch.minimum(columns, torch.sub(costs, least[:, None], out=work).amin(dim=0))
         rows.append(least)

@@ -246,7 +246,7 @@ class RecordingCost:
         self.cost, self.record = cost, [] if record is None else record
         self.shape, self.dtype, self.device = cost.shape, cost.dtype, cost.device
 
-    def rows(self, index):
+    def rows(self, index, out=None):
         rows = self.cost.rows(index)
         self.record.append(rows.numel())
         return rows
