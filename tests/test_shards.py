@@ -35,7 +35,7 @@ def solved(shards, epsilon, start):
     cost, a, b = problem()
     g = torch.linspace(-1, 1, 150) if start == "far" else None
     init = None if g is None else (torch.zeros(211), g)
-    return sinkhorn(cost, epsilon, a, b, init=init, tol=1e-5, max_iterations=3000, shards=shards)
+    return sinkhorn(cost, epsilon, a, b, init=init, tol=3e-5, max_iterations=3000, shards=shards)
 
 
 def windows():
@@ -133,10 +133,10 @@ def test_sharded_potentials_are_those_of_one_process(ranks, monkeypatch, path, e
     alone = solved(ALONE, epsilon, start)
     assert alone.converged
     for f, g, error, value in (rank[f"{path}-{epsilon}-{start}"] for rank in ranks):
-        torch.testing.assert_close(f, alone.f, atol=2e-4, rtol=0)
-        torch.testing.assert_close(g, alone.g, atol=2e-4, rtol=0)
-        assert error <= 1e-5
-        assert value == pytest.approx(alone.value, abs=1e-5)
+        torch.testing.assert_close(f, alone.f, atol=5e-4, rtol=0)
+        torch.testing.assert_close(g, alone.g, atol=5e-4, rtol=0)
+        assert error <= 3e-5
+        assert value == pytest.approx(alone.value, abs=2e-5)
         assert torch.equal(f, ranks[0][f"{path}-{epsilon}-{start}"][0])
         assert torch.equal(g, ranks[0][f"{path}-{epsilon}-{start}"][1])
 

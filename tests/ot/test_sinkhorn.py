@@ -206,7 +206,8 @@ def test_permuted_points_have_permuted_potentials(n, m, seed, epsilon):
 @pytest.mark.parametrize("epsilon", [0.005, 0.05, 10.0])
 def test_streaming_path_equals_kept_path(monkeypatch, dtype, epsilon):
     cost = CosineCost(unit(37, 8, 1, dtype), unit(23, 8, 2, dtype))
-    tol, atol = (1e-5, 2e-4) if dtype == torch.float32 else (1e-10, 1e-8)
+    # In float32 the error itself can be told to about 1e-7/ε only.
+    tol, atol = (1e-4, 1e-3) if dtype == torch.float32 else (1e-10, 1e-8)
     kept = sinkhorn(cost, epsilon, tol=tol)
     stream(monkeypatch)
     streamed = sinkhorn(cost, epsilon, tol=tol)
