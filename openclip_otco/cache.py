@@ -53,9 +53,9 @@ class FeatureWindow:
             images, texts = images[chosen], texts[chosen]
         self._batches.append((images.clone(), texts.clone()))
 
-    def skip(self, d: int = 1) -> None:
+    def skip(self) -> None:
         """Counts a step that gave nothing, so that windows of all ranks fill up at the same step."""
-        self._batches.append((torch.zeros(0, d), torch.zeros(0, d)))
+        self._batches.append((torch.zeros(0, 1), torch.zeros(0, 1)))
 
     def features(self) -> tuple[Tensor, Tensor]:
         """Image and text features, `(N, d)` each, of the whole window; pairs with a NaN or an infinity are left out
@@ -95,7 +95,7 @@ class FeatureWindow:
                 if not images.is_floating_point() or images.ndim != 2 or images.shape != texts.shape:
                     raise ValueError("a window's features must be pairs of (B, d) tensors")
                 self.add(images.to(device), texts.to(device), step=index)
-            if len({images.shape[1] for images, _ in self._batches}) > 1:
+            if len({images.shape[1] for images, _ in self._batches if len(images)}) > 1:
                 raise ValueError("a window's features must have one width")
             self.dropped = int(state["dropped"])
         except Exception:

@@ -114,10 +114,9 @@ class PlanSolver:
     ) -> tuple[Tensor, Tensor] | None:
         candidates = []
         if self.initial_plan in ("combinatorial", "emd"):
-            like = texts.new_zeros(len(texts) + 1)
-            *g, error = shards.first(lambda: self._initial(cost), like).split([len(texts), 1])
-            diagnostics["additive_error"] = float(error)
-            candidates.extend(g)
+            initial = shards.first(lambda: self._initial(cost), texts.new_zeros(len(texts) + 1))
+            diagnostics["additive_error"] = float(initial[-1])
+            candidates.append(initial[:-1])
         if self.initial_plan != "none" and previous is not None and previous.text_features.shape[1] == texts.shape[1]:
             mine = shards.part(len(texts))
             carried = shards.attempt(lambda: previous.text_potential(texts[mine]))
@@ -144,19 +143,19 @@ def _shape_of(cost: Cost, f: Tensor, g: Tensor, epsilon: float, shards: Shards) 
     part, f_mine = (cost, f) if shards.count == 1 else (cost.restricted(mine, slice(None)), f[mine])
 
     def sums() -> Tensor:
+        own = torch.arange(n, device=f.device)[mine]
+        own_mass = ((f + g)[mine] - cost.entries(own, own)).div_(epsilon).exp_().sum(dtype=torch.float64) / n**2
         objective, potentials = f.new_zeros(2, dtype=torch.float64)
         for tile in tiles(part):
             plan = plan_rows(part, tile, f_mine, g, epsilon, a[: tile.stop - tile.start], a)
             potentials += (plan @ g + plan.sum(dim=1) * f_mine[tile]).sum(dtype=torch.float64)
             objective += plan.mul_(part.rows(tile)).sum(dtype=torch.float64)
-        return torch.stack([objective, potentials])
+        return torch.stack([objective, potentials, own_mass])
 
-    objective, potentials = shards.total(sums, f.new_zeros(2, dtype=torch.float64)).tolist()
+    objective, potentials, own_mass = shards.total(sums, f.new_zeros(3, dtype=torch.float64)).tolist()
     # log σ_ij = (f_i + g_j - C_ij)/ε - 2 log n
     entropy = 2 * math.log(n) - (potentials - objective) / epsilon
-    own = torch.arange(n, device=f.device)
-    own_mass = ((f + g - cost.entries(own, own)) / epsilon).exp().sum(dtype=torch.float64) / n**2
-    return {"objective": objective, "entropy": entropy, "own_pair_mass": float(own_mass)}
+    return {"objective": objective, "entropy": entropy, "own_pair_mass": own_mass}
 
 
 def _drift(before: Tensor, after: Tensor, epsilon: float) -> Tensor:

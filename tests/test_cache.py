@@ -160,3 +160,12 @@ def test_a_smaller_cache_takes_the_newest_plans_of_a_larger_one():
 def test_sizes_below_one_are_refused(make):
     with pytest.raises(ValueError, match="at least 1"):
         make()
+
+
+def test_a_window_with_a_skipped_step_is_saved_and_taken_up():
+    window, again = FeatureWindow(4), FeatureWindow(4)
+    window.add(*paired_features(5), step=0)
+    window.skip()
+    again.load_state_dict(window.state_dict())
+    assert len(again) == 2
+    assert all(torch.equal(x, y) for x, y in zip(again.features(), window.features(), strict=True))

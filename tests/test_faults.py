@@ -63,7 +63,7 @@ def killed(lab: Lab, patched: Path, name: str, seed: int, times: int) -> list[in
 
 @pytest.mark.training
 def test_killed_at_twenty_random_moments(lab: Lab, patched: Path) -> None:
-    """Epochs take a fraction of a second here, so that many of the moments lie in the writing of a checkpoint."""
+    """Epochs take a fraction of a second here, and each of them writes two checkpoints."""
     with ThreadPoolExecutor(2) as pool:
         lines = pool.map(lambda i: killed(lab, patched, f"killed-{i}", i, KILLS // 2), range(2))
         for index, epochs in enumerate(lines):
@@ -77,17 +77,20 @@ def test_killed_at_twenty_random_moments(lab: Lab, patched: Path) -> None:
 
 @pytest.mark.training
 def test_a_rank_killed_while_it_makes_a_plan_ends_the_run_and_costs_its_epoch(lab: Lab, patched: Path) -> None:
-    """Two plans an epoch; the second is the one that kills. The other rank must not wait for the dead one."""
+    """Two plans an epoch. The rank dies in the second epoch; the other one must not wait for it."""
     data = ("--train-data", str(lab.folder / "large.csv"), "--otco-window", "12")
     first = lab.start("dying", patched, OTCO, *OPTIONS, *KEEP, *data, "--epochs", "1", ranks=2).wait()
     assert "OTCO Plans: 2 made" in first.output
     before = hashlib.sha256(latest(first.folder).read_bytes()).digest()
     begun = time.monotonic()
-    lab.start("dying-too", patched, DYING, *OPTIONS, *KEEP, *data, "--epochs", "1", ranks=2).wait(fails=True)
+    dead = lab.start("dying", patched, DYING, *OPTIONS, *KEEP, *data, "--epochs", "2", ranks=2).wait(fails=True)
     assert time.monotonic() - begun < 120
+    assert "=> resuming OTCO with 2 cached plans" in dead.output
+    assert "Start epoch 1" in dead.output
     assert hashlib.sha256(latest(first.folder).read_bytes()).digest() == before
-    again = lab.start("dying-too", patched, OTCO, *OPTIONS, *KEEP, *data, "--epochs", "1", ranks=2).wait()
-    assert "OTCO Plans: 2 made, 0 skipped" in again.output
+    again = lab.start("dying", patched, OTCO, *OPTIONS, *KEEP, *data, "--epochs", "2", ranks=2).wait()
+    assert "OTCO Plans: 4 made, 0 skipped" in again.output
+    assert torch.load(latest(first.folder), weights_only=True)["epoch"] == 2
 
 
 @pytest.mark.training

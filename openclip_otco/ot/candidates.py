@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from openclip_otco.ot.cost import Cost, cost_range, rows_per_tile, tiles
+from openclip_otco.ot.cost import Cost, rows_per_tile, tiles
 
 # Columns on a list.
 _LIST = 16
@@ -25,15 +25,14 @@ class CandidateLists:
 
     Args:
         cost: `(n, m)`, not constant.
+        low, spread: its least entry and its range.
         noise: the noise lies in `[0, noise)`, a share of the cost's range.
         price: `(m,)` first prices, in shares of the cost's range.
         seed: of the noise.
     """
 
-    def __init__(self, cost: Cost, noise: float, price: Tensor, seed: int) -> None:
-        self.cost = cost
-        self.low, high = cost_range(cost)
-        self.spread = high - self.low
+    def __init__(self, cost: Cost, low: float, spread: float, noise: float, price: Tensor, seed: int) -> None:
+        self.cost, self.low, self.spread = cost, low, spread
         n, m = cost.shape
         random = torch.rand(n + m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         self._noise = (random * noise).to(cost.device, cost.dtype).unfold(0, m, 1)

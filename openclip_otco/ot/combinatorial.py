@@ -78,9 +78,10 @@ def combinatorial_plan(
         ledger = TransportLedger(row_mass, col_mass, cost.dtype)
     if high == low:
         # Every coupling costs the same, and bidding would have nothing to measure its steps by.
-        return certified(cost, row_mass, col_mass, *ledger.rest(cost), torch.zeros_like(price))
+        return certified(cost, row_mass, col_mass, *ledger.rest(cost), torch.zeros_like(price), 0.0)
 
-    lists = CandidateLists(cost, _NOISE * additive_error, price, seed)
+    spread = high - low
+    lists = CandidateLists(cost, low, spread, _NOISE * additive_error, price, seed)
     step, rest = _STEP * additive_error, min(_REST * additive_error, _LARGEST_REST)
     rounds, best = 0, None
     # Price wars, where many rows fight for few columns a step at a time, can take 1/δ² rounds. Longer steps end them,
@@ -92,7 +93,7 @@ def combinatorial_plan(
     while True:
         rounds += _bid(lists, ledger, price, step, rest, MOST_ROUNDS - rounds)
         rows, cols, mass = (torch.cat(parts) for parts in zip(ledger.placed(), ledger.rest(cost), strict=True))
-        plan = certified(cost, row_mass, col_mass, rows, cols, mass, -price * (high - low), rounds)
+        plan = certified(cost, row_mass, col_mass, rows, cols, mass, -price * spread, spread, rounds)
         if best is None or plan.additive_error < best.additive_error:
             best = plan
         if best.additive_error <= additive_error:
@@ -101,7 +102,7 @@ def combinatorial_plan(
             return _last_resort(cost, a, b, best)
         # By how much each entry misses its row's best price, in shares of the range: the error, entry by entry.
         placed_rows, placed_columns, placed_mass = ledger.placed()
-        paid = (cost.entries(placed_rows, placed_columns) - plan.f[placed_rows]) / (high - low)
+        paid = (cost.entries(placed_rows, placed_columns) - plan.f[placed_rows]) / spread
         slack = paid + price[placed_columns]
         if float((placed_mass * slack).sum()) > additive_error / 2:
             step /= _FACTOR if plan.additive_error > _FACTOR * additive_error else 2

@@ -31,8 +31,9 @@ def exact_plan(
     matrix = whole(cost).to("cpu", torch.float64, copy=True)
     # Into [0, 1]: POT takes negative costs for infeasible ones, and its tolerance is absolute.
     low, high = cost_range(cost)
-    spread = high - low if high > low else 1.0
-    matrix.sub_(low).div_(spread)
+    spread = high - low
+    scale = spread if spread else 1.0
+    matrix.sub_(low).div_(scale)
     plan, log = pot.emd(
         row_mass.cpu().numpy(), col_mass.cpu().numpy(), matrix.numpy(), numItermax=max_iterations, log=True
     )
@@ -43,5 +44,5 @@ def exact_plan(
     device = cost.device
     return certified(
         cost, row_mass, col_mass, rows.to(device), cols.to(device), dense[rows, cols].to(device),
-        torch.as_tensor(log["v"] * spread, device=device),
+        torch.as_tensor(log["v"] * scale, device=device), spread,
     )  # fmt: skip

@@ -18,16 +18,7 @@ import torch
 from torch import Tensor
 
 from openclip_otco.ot.anderson import Anderson
-from openclip_otco.ot.cost import (
-    Cost,
-    CostLike,
-    DenseCost,
-    as_cost,
-    full_precision,
-    held,
-    tiles,
-    workspaces,
-)  # fmt: skip
+from openclip_otco.ot.cost import Cost, CostLike, DenseCost, as_cost, full_precision, held, tiles, workspaces
 from openclip_otco.ot.marginals import marginals
 from openclip_otco.ot.shards import ALONE, Shards
 from openclip_otco.ot.sparse_plan import SparsePlan, feasible_duals
@@ -226,7 +217,7 @@ class _Stream:
         return column
 
     def _log_domain(self, f: Tensor, g: Tensor) -> Tensor:
-        mine = soft_ctransform(self.cost.transposed(), f, self.epsilon, self.a.log())
+        mine = self.shards.attempt(lambda: soft_ctransform(self.cost.transposed(), f, self.epsilon, self.a.log()))
         # exp(-g/ε) adds up over the processes; about the least of them nothing overflows.
         least = self.shards.least(lambda: mine, g)
         return least - self.epsilon * self.shards.total(lambda: ((least - mine) / self.epsilon).exp(), g).log()
@@ -241,14 +232,15 @@ class _Kernel:
         self.cost, self.epsilon, self.a, self.b, self.shards = cost, epsilon, a, b, shards
         self._centre(g)
 
-    def _centre(self, g: Tensor) -> None:
-        """Makes the kernel about duals that are grown from `g`."""
+    def _centre(self, g: Tensor, f: Tensor | None = None) -> None:
+        """Makes the kernel about duals that are grown from `g`; where that is not finite, from `f`."""
         grown: list[Tensor] = []
 
         def rows() -> Tensor:
-            f, own_g = feasible_duals(self.cost, g)
+            start = g if f is None or bool(g.isfinite().all()) else feasible_duals(self.cost.transposed(), f)[0]
+            own_f, own_g = feasible_duals(self.cost, start)
             grown.append(own_g)
-            return f
+            return own_f
 
         self.f = self.shards.least(rows, self.a)
         alone = self.shards.count == 1
@@ -279,9 +271,7 @@ class _Kernel:
         g, next_f, safe = self._step(f)
         if not safe:
             # About duals grown from the `g` that belongs to `f` no product is greater than `n`, or vanishes.
-            if not bool(g.isfinite().all()):
-                g, _ = feasible_duals(self.cost.transposed(), f)
-            self._centre(g)
+            self._centre(g, f)
             g, next_f, _ = self._step(f)
         return g, next_f
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openclip_otco.ot.cost import Cost, cost_range, workspaces
+from openclip_otco.ot.cost import Cost, workspaces
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,18 @@ def feasible_duals(cost: Cost, g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def certified(
-    cost: Cost, a: Tensor, b: Tensor, rows: Tensor, cols: Tensor, mass: Tensor, g: Tensor, rounds: int = 0
+    cost: Cost,
+    a: Tensor,
+    b: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    mass: Tensor,
+    g: Tensor,
+    spread: float,
+    rounds: int = 0,
 ) -> SparsePlan:
-    """The plan together with feasible duals grown from `g`, `(m,)`, and the gap that they prove.
+    """The plan together with feasible duals grown from `g`, `(m,)`, and the gap that they prove, as a share of the
+    cost's range `spread`.
 
     The proof does not rest on the solver's own bookkeeping, and neither does it on rounding: both sides are summed in
     float64.
@@ -66,6 +75,5 @@ def certified(
     f, g = feasible_duals(cost, g.to(cost.dtype))
     value = float(mass @ cost.entries(rows, cols).double())
     bound = float(a @ f.double() + b @ g.double())
-    low, high = cost_range(cost)
-    error = max(0.0, value - bound) / (high - low) if high > low else 0.0
+    error = max(0.0, value - bound) / spread if spread else 0.0
     return SparsePlan(rows, cols, mass, value, f, g, bound, error, cost.shape, rounds)

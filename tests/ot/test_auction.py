@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from openclip_otco.ot import DenseCost, combinatorial, combinatorial_plan
 from openclip_otco.ot import cost as cost_module
 from openclip_otco.ot.candidates import CandidateLists
+from openclip_otco.ot.cost import cost_range
 from openclip_otco.ot.ledger import AssignmentLedger, TransportLedger
 
 
@@ -32,7 +33,8 @@ def test_lists_answer_as_whole_rows_do(n, m, levels, seed, tile, empty):
         price[1] = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost_module, "TILE_ELEMENTS", tile)
-        lists = CandidateLists(DenseCost(matrix), 1e-3, price, seed)
+        low, high = cost_range(DenseCost(matrix))
+        lists = CandidateLists(DenseCost(matrix), low, high - low, 1e-3, price, seed)
         noise = lists._noise[:n].numpy()
         assert ((noise >= 0) & (noise < 1e-3)).all()
         shares = (matrix.numpy() - matrix.numpy().min()) / np.ptp(matrix.numpy()) + noise
@@ -51,7 +53,7 @@ def test_lists_answer_as_whole_rows_do(n, m, levels, seed, tile, empty):
 def test_equal_rows_prefer_different_columns():
     matrix = torch.zeros(50, 50, dtype=torch.float64)
     matrix[0, 0] = 1.0
-    lists = CandidateLists(DenseCost(matrix), 1e-3, torch.zeros(50, dtype=torch.float64), 0)
+    lists = CandidateLists(DenseCost(matrix), 0.0, 1.0, 1e-3, torch.zeros(50, dtype=torch.float64), 0)
     columns, _ = lists.bids(torch.arange(50), torch.zeros(50, dtype=torch.float64))
     assert len(columns.unique()) > 25
 
