@@ -1,7 +1,8 @@
 """Sharing a solve among processes: each takes a slice of the columns, and what it cannot know alone is summed up.
 
-Every process goes through the same collectives in the same order, whatever happens to it: one that fails puts in what
-no sound process would, so that all of them see the failure at once and none waits for another that has left.
+Every process goes through the same collectives in the same order, whatever happens to it in what it is asked to `make`:
+one that fails there puts in what no sound process would, so that all of them see the failure at once and none waits for
+another that has left.
 """
 
 from __future__ import annotations
