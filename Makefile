@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install patch lint test quickstart results bench clean
+.PHONY: install patch lint test quickstart results bench scaling clean
 
 install: patch
 
@@ -37,6 +37,9 @@ results: install
 bench: install
 	$(BIN)/python -m pip install --progress-bar off -e '.[bench]'
 	$(BIN)/python benchmarks/solvers.py --out runs/bench
+
+scaling: install
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/scaling.py --out runs/scaling
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

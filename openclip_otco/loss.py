@@ -7,6 +7,7 @@ from functools import reduce
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss, gather_features
 from torch import Tensor
@@ -100,7 +101,7 @@ class OTCOLoss(ClipLoss):
         self.effective_share: Tensor | None = None
 
     def set_plans(self, drawn: Sequence[TransportPlan], newest: TransportPlan | None) -> None:
-        """The plans of the coming step: `drawn` generate the transported pairs, `newest` measures confidence."""
+        """The plans of the coming steps: `drawn` generate the transported pairs, `newest` measures confidence."""
         self.drawn, self.newest = tuple(drawn), newest
 
     def forward(
@@ -116,19 +117,29 @@ class OTCOLoss(ClipLoss):
         Returns:
             The sum, or with `output_dict` its weighted terms: `contrastive_loss`, and where they act `transport_loss`
             and `divergence_loss`. Whoever trains adds the entries up, so nothing else may stand among them.
+
+        Raises:
+            ValueError: the plans are of features of another width.
         """
+        for plan in (*self.drawn, *([] if self.newest is None else [self.newest])):
+            if plan.image_features.shape[1] != image_features.shape[1]:
+                raise ValueError(
+                    f"the plan of step {plan.step} couples features of width {plan.image_features.shape[1]}, the model "
+                    f"makes features of width {image_features.shape[1]}; resume from a checkpoint of this model"
+                )
         local = Features(image_features, text_features)
         everyone = self._gather(local)
         # The callback's window is fed from here: no second collective.
         self.gathered = Features(everyone.images.detach(), everyone.texts.detach())
         rows = local if self.local_loss else everyone
-        weights = self._weights(everyone)
+        weights = self._weights(local)
         losses = {"contrastive_loss": self._info_nce(rows, everyone, logit_scale, logit_bias, weights)}
         if self.transport_weight and self.drawn:
             total = torch.zeros((), device=image_features.device)
             for plan in self.drawn:
-                moved = _transported(plan, rows)
-                moved_everyone = moved if rows is everyone else _transported(plan, everyone)
+                moved = _transported(plan, local)
+                moved_everyone = self._gather(moved)
+                moved = moved if self.local_loss else moved_everyone
                 for x, all_x in (
                     (Features(moved.images, rows.texts), Features(moved_everyone.images, everyone.texts)),
                     (Features(rows.images, moved.texts), Features(everyone.images, moved_everyone.texts)),
@@ -167,16 +178,25 @@ class OTCOLoss(ClipLoss):
         with torch.autocast(total.device.type, enabled=False):
             return sinkhorn_divergence(everyone.images.float(), everyone.texts.float(), self.epsilon)
 
-    def _weights(self, everyone: Features) -> Tensor | None:
+    def _weights(self, local: Features) -> Tensor | None:
         """`c_i` of the rows of the logits, `(rows,)`, mean 1 over the global batch; `None` where all are 1."""
         self.effective_share = None
         if not self.confidence or self.newest is None:
             return None
-        log_confidence = self.newest.log_confidence(everyone.images, everyone.texts)
+        # Each rank asks the plan about its own pairs: that, unlike a gather of numbers, would not get less with ranks.
+        log_confidence = self._gather_numbers(self.newest.log_confidence(*local))
         weights, self.effective_share = tempered(log_confidence, self.confidence, self.least_share)
         if self.local_loss and self.world_size > 1:
             weights = weights.chunk(self.world_size)[self.rank]
         return weights
+
+    def _gather_numbers(self, local: Tensor) -> Tensor:
+        """A number for each pair of the global batch, `(W·B,)`, from those of each rank, `(B,)`; without gradient."""
+        if self.world_size == 1:
+            return local
+        everyone = [torch.empty_like(local) for _ in range(self.world_size)]
+        dist.all_gather(everyone, local)
+        return torch.cat(everyone)
 
     def _info_nce(
         self,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from openclip_otco.ot import CosineCost, combinatorial_plan, exact_plan, nearest_potentials, sinkhorn
-from openclip_otco.ot.cost import Cost, held, tiles
+from openclip_otco.ot.cost import Cost, HeldParts, held, tiles
 from openclip_otco.ot.divergence import plan_rows, sinkhorn_divergence
 from openclip_otco.ot.shards import ALONE, Shards
 from openclip_otco.plan import TransportPlan
@@ -77,8 +77,10 @@ class PlanSolver:
             images, texts = image_features.detach().float(), text_features.detach().float()
             cost: Cost = CosineCost(images, texts)
             shards = self.shards if len(images) >= _LEAST_SHARE * self.shards.count else ALONE
-            if shards.count == 1:
-                cost = held(cost)
+            # The first process makes the initial plan, for which it needs the whole matrix.
+            cost = shards.attempt(lambda: held(cost) if shards.rank == 0 else cost)
+            if shards.count > 1:
+                cost = HeldParts(cost)
             diagnostics: dict[str, float] = {}
             result = sinkhorn(
                 cost,

@@ -190,6 +190,13 @@ def test_autocast_features_train(plan, dtype):
     assert images.grad.abs().max() > 0
 
 
+def test_plans_of_another_width_are_refused(plan):
+    loss = OTCOLoss(confidence=1.0)
+    loss.set_plans((), plan)
+    with pytest.raises(ValueError, match="step 0 couples features of width 24, the model makes features of width 12"):
+        loss(*paired_features(8, d=12), SCALE)
+
+
 @pytest.mark.parametrize("name", ["least_share", "confidence", "transport_weight", "divergence_weight"])
 def test_negative_weights_are_refused(name):
     with pytest.raises(ValueError, match=name):

@@ -126,6 +126,17 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(lab: Lab, patched: Path,
 
 
 @pytest.mark.training
+def test_resumes_with_another_window_and_number_of_ranks(lab: Lab, patched: Path, two_ranks: Run) -> None:
+    file = str(two_ranks.folder / "checkpoints" / "epoch_1.pt")
+    options = (*TWO_RANKS, "--otco-window", "5", "--otco-cache-size", "2", "--resume", file)
+    run = lab.start("other-window", patched, OTCO, *options, "--train-data", str(lab.folder / "large.csv")).wait()
+    # 3 plans, of which the smaller cache takes the newest two; one step of both ranks was in the window.
+    assert "=> resuming OTCO with 2 cached plans" in run.output
+    assert "OTCO Plans: 13 made, 0 skipped" in run.output
+    assert [len(plan["f"]) for plan in run.checkpoint(2)["plugins"]["otco"]["cache"]["plans"]] == [40, 40]
+
+
+@pytest.mark.training
 def test_the_tiny_model_trains_on_scenes_without_a_warning(lab: Lab, patched: Path, tmp_path: Path) -> None:
     """What the quickstart does, small: rendered shards, loader workers, the BERT that the package makes."""
     scenes = tmp_path / "scenes"

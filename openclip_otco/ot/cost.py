@@ -188,6 +188,36 @@ def held(cost: Cost) -> Cost:
     return cost if isinstance(cost, DenseCost) or n * m > DENSE_ENTRIES else DenseCost(whole(cost))
 
 
+class HeldParts:
+    """A cost of which a process goes over the same few parts again and again: each is `held` once it was asked for.
+
+    Args:
+        cost: the whole of it.
+    """
+
+    def __init__(self, cost: Cost) -> None:
+        self.cost = cost
+        self.shape, self.dtype, self.device = cost.shape, cost.dtype, cost.device
+        self._parts: dict[tuple[int, ...], Cost] = {}
+
+    def rows(self, index: slice | Tensor, out: Tensor | None = None) -> Tensor:
+        return self.cost.rows(index, out)
+
+    def entries(self, rows: Tensor, cols: Tensor) -> Tensor:
+        return self.cost.entries(rows, cols)
+
+    def restricted(self, rows: slice | Tensor, cols: slice | Tensor) -> Cost:
+        if not isinstance(rows, slice) or not isinstance(cols, slice):
+            return self.cost.restricted(rows, cols)
+        part = (*rows.indices(self.shape[0]), *cols.indices(self.shape[1]))
+        if part not in self._parts:
+            self._parts[part] = held(self.cost.restricted(rows, cols))
+        return self._parts[part]
+
+    def transposed(self) -> Cost:
+        return self.cost.transposed()
+
+
 def whole(cost: Cost) -> Tensor:
     """All rows of `cost`, `(n, m)`, to be read only."""
     return cost.rows(slice(0, cost.shape[0]))

@@ -1,0 +1,110 @@
+"""OpenCLIP's training script with CLIP and OTCO in turns: Δ steps of one, then Δ steps of the other, on one model.
+
+`python benchmarks/alternating.py FILE.json ARGUMENTS OF open_clip_train.main`; the first rank writes the seconds of
+each block.
+Whatever else the machine does meets both losses alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.loss import ClipLoss
+from open_clip_train import plugins
+from open_clip_train.main import main
+from torch import Tensor
+
+from openclip_otco.callback import PlanCacheCallback
+from openclip_otco.loss import OTCOLoss
+from openclip_otco.plugin import OTCOPlugin
+
+
+class Alternating(OTCOLoss):
+    """OTCO's loss, or CLIP's where `clip` is set."""
+
+    clip: ClipLoss | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor] | Tensor:
+        out: dict[str, Tensor] | Tensor
+        out = super().forward(*args, **kwargs) if self.clip is None else self.clip(*args, **kwargs)
+        return out
+
+
+class AlternatingPlugin(OTCOPlugin):
+    """OTCO's plugin, with the callback at work in every other block only."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file = file
+
+    def create_loss(self, args: argparse.Namespace) -> OTCOLoss:
+        loss = super().create_loss(args)
+        loss.__class__ = Alternating
+        return loss
+
+    def create_callbacks(self, args: argparse.Namespace, loss: object) -> list[Any]:
+        assert isinstance(loss, Alternating)
+        (hook,) = super().create_callbacks(args, loss)
+        hook.window.steps = args.otco_window
+        clip = ClipLoss(
+            args.local_loss, args.gather_with_grad, cache_labels=True, rank=args.rank, world_size=args.world_size
+        )
+        return [Turns(hook, loss, clip, args.otco_window, self.file if args.rank == 0 else None)]
+
+
+class Turns:
+    """Hands each block's steps to its own loss, and times the block, its plan included."""
+
+    name = "otco"
+
+    def __init__(
+        self, hook: PlanCacheCallback, loss: Alternating, clip: ClipLoss, block: int, file: Path | None
+    ) -> None:
+        self.hook, self.loss, self.clip, self.block, self.file = hook, loss, clip, block, file
+        self.seconds: dict[str, list[float]] = {"clip": [], "otco": []}
+        self.started = time.perf_counter()
+
+    def on_train_start(self, *, step: int, total_steps: int, writer: object) -> None:
+        self.hook.on_train_start(step=step, total_steps=total_steps)
+
+    def on_step_end(self, *, step: int, **rest: Any) -> None:
+        if self.loss.clip is None:
+            self.hook.on_step_end(step=step, **rest)
+        if (step + 1) % self.block:
+            return
+        now = time.perf_counter()
+        self.seconds["otco" if self.loss.clip is None else "clip"].append(now - self.started)
+        self.loss.clip = self.clip if self.loss.clip is None else None
+        self.started = now
+
+    def on_epoch_end(self, **_: Any) -> None:
+        pass
+
+    def on_save_checkpoint(self) -> dict[str, Any]:
+        return {}
+
+    def on_train_end(self, *, step: int, writer: object) -> None:
+        if self.file is not None:
+            found = {"seconds": self.seconds, "made": self.hook.made, "skipped": self.hook.skipped}
+            self.file.write_text(json.dumps({**found, "torch": torch.__version__}))
+
+
+if __name__ == "__main__":
+    plugin = AlternatingPlugin(Path(sys.argv[1]))
+    load = plugins.load_plugins
+
+    def load_with_turns(parser: argparse.ArgumentParser, losses: list[str]) -> list[str]:
+        names = load(parser, losses)
+        plugins._plugins[:] = [plugin if p.name == plugin.name else p for p in plugins._plugins]
+        return names
+
+    from open_clip_train import params
+
+    params.load_plugins = load_with_turns
+    main(sys.argv[2:])

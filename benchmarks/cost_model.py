@@ -1,0 +1,91 @@
+"""What OTCO costs beside CLIP, as a function of B, W, Δ, d and N; `scaling.py` checks it against what is counted.
+
+Operations are floating-point ones of matrix products (a multiplication and an addition each), per rank. Bytes on the
+wire are those that a rank hands to collectives; an all-reduce moves up to twice that, whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FLOAT = 4
+DRIFT_SUPPORT = 512
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training: local batch `B`, ranks `W`, window `Δ`, width `d`, cap of the support, plans kept and drawn."""
+
+    batch: int
+    ranks: int
+    window: int = 8
+    width: int = 512
+    max_support: int = 8192
+    cache_size: int = 4
+    plans_per_step: int = 1
+
+    @property
+    def support(self) -> int:
+        """`N = min(Δ·B·W, cap)`."""
+        return min(self.window * self.batch * self.ranks, self.max_support)
+
+    def plan_floats(self, iterations: int) -> int:
+        """Floats handed to collectives for one warm-started plan.
+
+        Initial plan (N + 1), previous potentials (N), the two starts compared (2N), the kernel's duals (N), first
+        half-step (N), one sum (N + 1) an iteration, potentials (N); then diagnostics (3 in double precision), drift (2)
+        and five words of whether something failed.
+        """
+        n = self.support
+        return 0 if self.ranks == 1 else 7 * n + 1 + iterations * (n + 1) + 13
+
+    def plan_operations(self, first: bool = False) -> float:
+        """Of the products of images with texts in one warm-started plan.
+
+        The first rank makes the whole cost for the initial plan, and the drift: three divergences' terms for each
+        modality, of 512 points at most. Any other makes its rows and its columns of the cost. Each asks the last plan
+        for its share of the potentials.
+        """
+        product = 2.0 * self.support**2 * self.width
+        drift = 6 * 2.0 * min(self.support, DRIFT_SUPPORT) ** 2 * self.width
+        return product / self.ranks + (product + drift if first else 2 * product / self.ranks)
+
+    def kernel_operations(self, iterations: int) -> float:
+        """Of the matrix-vector products: two an iteration with this rank's columns of the kernel."""
+        return (2 * iterations + 1) * 2.0 * self.support**2 / self.ranks
+
+    def confidence_operations(self) -> float:
+        """A step: two potentials of each local pair."""
+        return 2 * 2.0 * self.batch * self.support * self.width
+
+    def confidence_floats(self) -> int:
+        """A step: one number for each local pair is gathered."""
+        return 0 if self.ranks == 1 else self.batch
+
+    def transport_floats(self) -> int:
+        """A step with λ > 0: both transported views of each local pair, for each plan drawn."""
+        return 0 if self.ranks == 1 else self.plans_per_step * 2 * self.batch * self.width
+
+    def transport_operations(self) -> float:
+        """A step with λ > 0, forward: own potentials and attention over the support, both ways, for each plan drawn."""
+        padded = -(-(self.width + 2) // 8) * 8
+        support = self.support + 1
+        attention = 2 * 2 * 2.0 * self.batch * support * padded
+        return self.plans_per_step * (self.confidence_operations() + attention)
+
+    def clip_operations(self) -> float:
+        """CLIP's own logits with `--local-loss`, forward, to compare with."""
+        return 2 * 2.0 * self.batch * self.batch * self.ranks * self.width
+
+    def clip_floats(self) -> int:
+        """CLIP's own gather of features."""
+        return 0 if self.ranks == 1 else 2 * self.batch * self.width
+
+    def memory(self) -> int:
+        """Bytes that stay: the plans kept, and the window."""
+        features = 2 * self.support * self.width
+        return FLOAT * (self.cache_size * (features + 2 * self.support) + features)
+
+    def working_memory(self) -> int:
+        """Bytes while a plan is made: this rank's columns of the kernel, and rows and columns of the cost."""
+        return 3 * FLOAT * self.support * -(-self.support // self.ranks)
