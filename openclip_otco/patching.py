@@ -22,6 +22,14 @@ from pathlib import Path
 DISTRIBUTION = "open_clip_torch"
 PACKAGE = "open_clip_train"
 NO_FILE = "0" * 40
+# What the patches of earlier versions of this package made of OpenCLIP's files.
+SUPERSEDED = frozenset(
+    {
+        "50472947840625ffb633899d84647c6d9e9aed0a",  # main.py of 3.2.0, before `prepare_model`
+        "a70a3a04faad0d31a6311c4015d510037a7a151e",  # main.py of 3.3.0, before `prepare_model`
+        "83d1a89693281c1a84a3ee986adb95cbfa450bf1",  # plugins.py, before `prepare_model`
+    }
+)
 
 _PATCH_NAME = re.compile(rf"{PACKAGE}-(.+)\.patch")
 _HEAD = re.compile(
@@ -73,11 +81,12 @@ class FilePatch:
 
 
 class State(Enum):
-    """What an installation is, and each of its files (those are only the first two or `MODIFIED`)."""
+    """What an installation is, and each of its files (those are only the first two, `OUTDATED` or `MODIFIED`)."""
 
     UNPATCHED = "unpatched"
     PATCHED = "patched"
     PARTIAL = "partial"
+    OUTDATED = "patched by an older openclip-otco"
     MODIFIED = "modified"
     UNSUPPORTED = "unsupported version"
     NOT_INSTALLED = "not installed"
@@ -117,7 +126,8 @@ def status(target: Path | None = None, version: str | None = None) -> Status:
         return Status(State.UNSUPPORTED, version, folder, {})
     files = {patch.path: _file_state(folder, patch) for patch in load_patch(version)}
     states = set(files.values())
-    mixture = State.MODIFIED if State.MODIFIED in states else State.PARTIAL
+    worst = [state for state in (State.MODIFIED, State.OUTDATED) if state in states]
+    mixture = [*worst, State.PARTIAL][0]
     return Status(states.pop() if len(states) == 1 else mixture, version, folder, files)
 
 
@@ -166,7 +176,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         before = status(args.target, args.version)
         if args.status:
-            print(f"{before.state.value}: {DISTRIBUTION} {before.version or '?'} in {before.folder or '?'}")
+            cure = f"; {_cure(before)}" if before.state in (State.OUTDATED, State.MODIFIED) else ""
+            print(f"{before.state.value}: {DISTRIBUTION} {before.version or '?'} in {before.folder or '?'}{cure}")
             return 0 if before.state is State.PATCHED else 1
         changed = (revert if args.revert else apply)(args.target, args.version, dry_run=args.dry_run)
     except PatchError as error:
@@ -199,11 +210,9 @@ def _bring_to(goal: State, target: Path | None, version: str | None, dry_run: bo
         known = ", ".join(supported_versions())
         raise PatchError(f"there is no patch for {DISTRIBUTION} {current.version}, only for {known}")
     if current.state is State.MODIFIED:
-        names = [str(current.folder / path) for path, state in current.files.items() if state is State.MODIFIED]
-        raise PatchError(
-            f"changed by someone else: {', '.join(names)}; undo that change, or delete what is named here and run "
-            f"pip install --force-reinstall --no-deps {DISTRIBUTION}=={current.version}"
-        )
+        raise PatchError(f"changed by someone else: undo that change, or {_cure(current)}")
+    if current.state is State.OUTDATED:
+        raise PatchError(f"{current.state.value}: {_cure(current)}")
     contents: dict[Path, bytes | None] = {}
     for patch in load_patch(current.version):
         if current.files[patch.path] is not goal:
@@ -218,6 +227,17 @@ def _bring_to(goal: State, target: Path | None, version: str | None, dry_run: bo
                 _new(current.folder / name).unlink(missing_ok=True)
                 _backup(current.folder / name).unlink(missing_ok=True)
     return list(contents)
+
+
+def _cure(current: Status) -> str:
+    """How to get OpenCLIP's own files back where the patch that made these is not at hand."""
+    assert current.folder is not None
+    ours = (State.UNPATCHED, State.PATCHED)
+    names = [str(current.folder / path) for path, state in current.files.items() if state not in ours]
+    return (
+        f"delete {', '.join(names)}; run pip install --force-reinstall --no-deps {DISTRIBUTION}=={current.version}; "
+        "then openclip-otco patch"
+    )
 
 
 def _find_folder(target: Path | None) -> Path | None:
@@ -236,7 +256,8 @@ def _find_version(target: Path | None) -> str | None:
 
 def _file_state(folder: Path, patch: FilePatch) -> State:
     states = {patch.old_id: State.UNPATCHED, patch.new_id: State.PATCHED}
-    return states.get(blob_id(_read(folder / patch.path)), State.MODIFIED)
+    found = blob_id(_read(folder / patch.path))
+    return states.get(found, State.OUTDATED if found in SUPERSEDED else State.MODIFIED)
 
 
 def _read(path: Path) -> bytes | None:

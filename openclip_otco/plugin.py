@@ -113,6 +113,9 @@ class OTCOPlugin:
             flags = ", ".join(option.flag for option in given)
             warnings.warn(f"{flags} given without --loss otco: no effect with --loss {args.loss}", stacklevel=2)
 
+    def prepare_model(self, args: argparse.Namespace, model: object) -> None:
+        """Nothing to do: the loss works on the features alone."""
+
     def create_loss(self, args: argparse.Namespace) -> OTCOLoss:
         return OTCOLoss(
             confidence=args.otco_confidence,

@@ -26,11 +26,23 @@ class ExamplePlugin:
         if args.example_scale < 0:
             parser.error("--example-scale must not be negative")
 
+    def prepare_model(self, args: argparse.Namespace, model: Any) -> None:
+        if args.example_record:
+            locked = not model.visual.conv1.weight.requires_grad
+            Recorder(args, None).record("prepare_model", kind=type(model).__name__, locked=locked)
+        if args.loss in self.losses:
+            model.register_forward_hook(self.add_echo)
+
+    @staticmethod
+    def add_echo(model: Any, inputs: Any, output: Any) -> Any:
+        return {**output, "echo": output["image_features"].detach()} if model.training else output
+
     def create_loss(self, args: argparse.Namespace) -> Any:
         import open_clip
 
         class ScaledClipLoss(open_clip.ClipLoss):
-            def forward(self, *arguments: Any, **options: Any) -> Any:
+            def forward(self, *arguments: Any, echo: Any, **options: Any) -> Any:
+                assert echo.equal(options["image_features"].detach())
                 losses = super().forward(*arguments, **options)
                 return {"scaled_loss": args.example_scale * losses["contrastive_loss"]}
 
@@ -53,6 +65,8 @@ class Recorder:
     def record(self, event: str, **values: Any) -> None:
         if "writer" in values:
             values["writer"] = values["writer"] is not None
+        # Only the first rank makes the folder, and a model may be prepared before that.
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a") as file:
             file.write(json.dumps({"event": event, **values}) + "\n")
 

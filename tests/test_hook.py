@@ -13,6 +13,7 @@ from hook_plugin import Recorder
 GOOD = "example = hook_plugin:ExamplePlugin"
 BAD = ["ConflictingPlugin", "SiglipPlugin", "TwinPlugin", "UnfinishedPlugin"]
 BROKEN = "\n".join([GOOD, "missing = no_such_module:Plugin", *(f"z{name} = hook_plugin:{name}" for name in BAD)])
+PREPARED = {"event": "prepare_model", "kind": "CLIP", "locked": False}
 SHAPES = {"image_features": [8, 16], "text_features": [8, 16]}
 
 
@@ -105,9 +106,10 @@ def test_siglip_is_as_before(lab: Lab, original: Path, patched: Path) -> None:
 def test_callbacks(example: Run) -> None:
     events = example.events()
     epoch = ["step_end"] * 4 + ["epoch_end", "save"]
-    assert [event["event"] for event in events] == ["train_start", *epoch, *epoch, "train_end"]
+    assert [event["event"] for event in events] == ["prepare_model", "train_start", *epoch, *epoch, "train_end"]
     assert all(event["writer"] for event in events if "writer" in event)
-    assert events[0] == {"event": "train_start", "loss": "ScaledClipLoss", "step": 0, "total_steps": 8, "writer": True}
+    assert events[0] == PREPARED
+    assert events[1] == {"event": "train_start", "loss": "ScaledClipLoss", "step": 0, "total_steps": 8, "writer": True}
     steps = [event for event in events if event["event"] == "step_end"]
     assert [(event["step"], event["epoch"]) for event in steps] == [(i, i // 4) for i in range(8)]
     for event, line in zip(steps, example.steps, strict=True):
@@ -138,14 +140,14 @@ def test_resume(lab: Lab, patched: Path, plain: tuple[Run, Run], example: Run) -
     resumed, from_plain = (run.wait() for run in runs)
 
     events = resumed.events()
-    assert events[0] == {"event": "load", "state": {"steps": 4, "tensor": [0, 1, 2, 3]}}
-    assert (events[1]["event"], events[1]["step"], events[1]["total_steps"]) == ("train_start", 4, 8)
+    assert events[:2] == [PREPARED, {"event": "load", "state": {"steps": 4, "tensor": [0, 1, 2, 3]}}]
+    assert (events[2]["event"], events[2]["step"], events[2]["total_steps"]) == ("train_start", 4, 8)
     assert [event["step"] for event in events if event["event"] == "step_end"] == [4, 5, 6, 7]
     assert resumed.checkpoint(2)["plugins"]["recorder"]["steps"] == 8
 
     events = from_plain.events()
-    assert events[0] == {"event": "load", "state": None}
-    assert events[1] == {"event": "train_start", "loss": "ClipLoss", "step": 2, "total_steps": 4, "writer": False}
+    assert events[:2] == [PREPARED, {"event": "load", "state": None}]
+    assert events[2] == {"event": "train_start", "loss": "ClipLoss", "step": 2, "total_steps": 4, "writer": False}
     steps = [event for event in events if event["event"] == "step_end"]
     assert [event["step"] for event in steps] == [2, 3]
     assert all(event["shapes"] == {name: [16, 16] for name in SHAPES} for event in steps)
@@ -153,10 +155,14 @@ def test_resume(lab: Lab, patched: Path, plain: tuple[Run, Run], example: Run) -
 
 @pytest.mark.training
 def test_two_ranks(lab: Lab, patched: Path) -> None:
-    options = ("--loss", "example", "--example-record", "RUN/record", "--report-to", "tensorboard")
+    options = ("--loss", "example", "--example-record", "RUN/record", "--report-to", "tensorboard", "--lock-image")
     run = lab.start("ranks", patched, GOOD, *options, ranks=2).wait()
     first, second = run.events(0), run.events(1)
-    assert [event["event"] for event in first] == ["train_start", *["step_end"] * 2, "epoch_end", "save", "train_end"]
+    steps = ["step_end"] * 2
+    names = ["prepare_model", "train_start", *steps, "epoch_end", "save", "train_end"]
+    assert [event["event"] for event in first] == names
+    # Locked, and not yet wrapped by DDP.
+    assert first[0] == second[0] == {**PREPARED, "locked": True}
     assert [event["event"] for event in second] == [event["event"] for event in first if event["event"] != "save"]
     assert {event["writer"] for event in first if "writer" in event} == {True}
     assert {event["writer"] for event in second if "writer" in event} == {False}

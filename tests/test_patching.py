@@ -183,6 +183,38 @@ def test_errors(package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert misuse.value.code == 2
 
 
+def test_an_older_form_of_the_patch_is_told_from_other_changes(
+    package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patching.apply(package, VERSION)
+    older = package / "open_clip_train/plugins.py"
+    older.write_bytes(older.read_bytes() + b"# older\n")
+    monkeypatch.setattr(patching, "SUPERSEDED", {patching.blob_id(older.read_bytes())})
+    before = content(package)
+    target = ("--target", str(package), "--version", VERSION)
+    for action in ((), ("--dry-run",), ("--revert",), ("--status",)):
+        assert cli.main(["patch", *target, *action]) == 1
+        assert content(package) == before
+        printed = "".join(capsys.readouterr())
+        assert "patched by an older openclip-otco" in printed
+        assert printed.count("\n") == 1
+        # The cure, word for word: what is named goes, and OpenCLIP's own files come back.
+        assert (
+            f"delete {older}; run pip install --force-reinstall --no-deps open_clip_torch=={VERSION}; then" in printed
+        )
+    (package / "open_clip_train/main.py").write_bytes(b"mine")
+    assert patching.status(package, VERSION).state is State.MODIFIED
+    (package / "open_clip_train/main.py").write_bytes(before["open_clip_train/main.py"])
+    older.unlink()
+    patching.revert(package, VERSION)
+    assert patching.status(package, VERSION).state is State.UNPATCHED
+
+
+def test_no_form_of_today_is_superseded() -> None:
+    ids = {id for v in patching.supported_versions() for p in patching.load_patch(v) for id in (p.old_id, p.new_id)}
+    assert not ids & patching.SUPERSEDED
+
+
 def test_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert patching.status().state is State.NOT_INSTALLED
