@@ -1,0 +1,97 @@
+"""Command line options of a plugin's losses: their table, their checks, and what none of the losses can train."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from openclip_otco.captions import caption_problem
+
+
+@dataclass(frozen=True)
+class Option:
+    """One flag of a loss: its default, what it accepts, and what it means."""
+
+    flag: str
+    default: Any
+    help: str
+    accepts: Callable[[Any], bool] = lambda value: True
+    rule: str = ""
+    choices: tuple[str, ...] | None = None
+
+    @property
+    def dest(self) -> str:
+        return self.flag.removeprefix("--").replace("-", "_")
+
+
+def positive(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+def weight(value: float) -> bool:
+    return 0 <= value < math.inf
+
+
+def count(value: int) -> bool:
+    return value >= 1
+
+
+def share(value: float) -> bool:
+    return 0 <= value <= 1
+
+
+def add_options(group: argparse._ArgumentGroup, options: Sequence[Option]) -> None:
+    for option in options:
+        # No argparse default: `check_options` must see which flags were given.
+        group.add_argument(
+            option.flag,
+            type=type(option.default),
+            default=None,
+            choices=option.choices,
+            help=f"{option.help} (default: {option.default})",
+        )
+
+
+def check_options(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, options: Sequence[Option], loss: str
+) -> None:
+    """Fills in the defaults of the options of `loss`; ends on a bad value, and warns of one that has no effect."""
+    given = [option for option in options if getattr(args, option.dest) is not None]
+    for option in options:
+        if option not in given:
+            setattr(args, option.dest, option.default)
+    if args.loss != loss:
+        if given:
+            flags = ", ".join(option.flag for option in given)
+            warnings.warn(f"{flags} given without --loss {loss}: no effect with --loss {args.loss}", stacklevel=2)
+        return
+    for option in given:
+        value = getattr(args, option.dest)
+        if not option.accepts(value):
+            end(parser, f"argument {option.flag}: must be {option.rule}, got {value}")
+
+
+def check_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends on what none of the package's losses can train."""
+    loss = args.loss
+    if "coca" in args.model.lower():
+        end(parser, f"argument --loss: {loss} does not train CoCa models; choose a CLIP model or --loss clip")
+    if args.horovod:
+        end(parser, f"argument --horovod: not supported by --loss {loss}; use torchrun, or --loss clip")
+    if args.distill_model is not None or args.distill_pretrained is not None:
+        end(parser, f"argument --loss: {loss} does not distill; drop --distill-model or use --loss clip")
+    for flag, data in (("--train-data", args.train_data), ("--val-data", args.val_data)):
+        # OpenCLIP's own rule for what `auto` takes for shards.
+        shards = args.dataset_type == "webdataset" or (args.dataset_type == "auto" and str(data).endswith(".tar"))
+        if data and shards and (problem := caption_problem(data)):
+            end(parser, f"argument {flag}: {problem}")
+
+
+def end(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """Ends as `parser.error` does, without the usage: OpenCLIP's fills a screen, above which the message is lost."""
+    parser.exit(2, f"{parser.prog}: error: {message}\n")
+    raise AssertionError("parser.exit returned")
