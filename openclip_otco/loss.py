@@ -44,6 +44,8 @@ class OTCOLoss(ClipLoss):
             step that would fall below takes a smaller power (`tempered`). 0 sets no limit. A young model's confidence
             rests on a few pairs; without a limit the model learns those alone, and training can collapse.
         transport_weight: `λ >= 0`, of the transported pairs.
+        own_pair: whether a pair's own partner is in the support that transports it. Without it `v'` is made of other
+            samples alone, and `(v', t)` is no positive pair; to compare with.
         divergence_weight: `μ >= 0`, of the Sinkhorn divergence between the batch's images and texts.
         epsilon: `ε` of that divergence, in units of the cost.
         local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: as in `open_clip.ClipLoss`.
@@ -66,6 +68,7 @@ class OTCOLoss(ClipLoss):
         divergence_weight: float = 0.0,
         epsilon: float = 0.1,
         least_share: float = 0.0,
+        own_pair: bool = True,
         local_loss: bool = False,
         gather_with_grad: bool = False,
         cache_labels: bool = False,
@@ -93,6 +96,7 @@ class OTCOLoss(ClipLoss):
         self.confidence = confidence
         self.least_share = least_share
         self.transport_weight = transport_weight
+        self.own_pair = own_pair
         self.divergence_weight = divergence_weight
         self.epsilon = epsilon
         self.drawn: tuple[TransportPlan, ...] = ()
@@ -137,7 +141,7 @@ class OTCOLoss(ClipLoss):
         if self.transport_weight and self.drawn:
             total = torch.zeros((), device=image_features.device)
             for plan in self.drawn:
-                moved = _transported(plan, local)
+                moved = self._transported(plan, local)
                 moved_everyone = self._gather(moved)
                 moved = moved if self.local_loss else moved_everyone
                 for x, all_x in (
@@ -222,6 +226,14 @@ class OTCOLoss(ClipLoss):
         per_pair = per_pair + F.cross_entropy(logits_per_text, labels, reduction="none")
         return (weights * per_pair).mean() / 2
 
+    def _transported(self, plan: TransportPlan, pairs: Features) -> Features:
+        """`v'` and `t'` of the pairs. `v'` lives among texts and `t'` among images."""
+        own = pairs if self.own_pair else (None, None)
+        return Features(
+            plan.transport_image(pairs.images, own[1]).to(pairs.images.dtype),
+            plan.transport_text(pairs.texts, own[0]).to(pairs.texts.dtype),
+        )
+
 
 def tempered(log_confidence: Tensor, power: float, least_share: float) -> tuple[Tensor, Tensor]:
     """Weights `c ∝ exp(γ' · log_confidence)`, `(n,)`, mean 1, and their effective share `(Σc)²/(n Σc²)`.
@@ -239,11 +251,3 @@ def tempered(log_confidence: Tensor, power: float, least_share: float) -> tuple[
     # At power 0 the share is 1, so that one of them always qualifies.
     best = torch.arange(len(powers), device=shares.device).where(shares >= least_share, 0).amax()
     return weights[best], shares[best]
-
-
-def _transported(plan: TransportPlan, pairs: Features) -> Features:
-    """`v'` and `t'` of the pairs, each own pair in its support. `v'` lives among texts and `t'` among images."""
-    return Features(
-        plan.transport_image(pairs.images, pairs.texts).to(pairs.images.dtype),
-        plan.transport_text(pairs.texts, pairs.images).to(pairs.texts.dtype),
-    )

@@ -30,6 +30,8 @@ class TransportPlan:
         epsilon: entropic regularization `ε`.
         step: optimizer step at which the plan was made.
         diagnostics: what the solver had to say of it, as plain numbers.
+        coupled: whether `f` and `g` couple the points. Where not, both are zero, there are no marginals to meet, and
+            the shares of rows and columns are plain softmaxes, each for itself: an ablation.
 
     Example::
 
@@ -45,6 +47,7 @@ class TransportPlan:
     epsilon: float
     step: int = 0
     diagnostics: Mapping[str, float] = field(default_factory=dict)
+    coupled: bool = True
 
     def __post_init__(self) -> None:
         n = self.image_features.shape[0]
@@ -76,9 +79,15 @@ class TransportPlan:
 
     def log_confidence(self, v: Tensor, t: Tensor) -> Tensor:
         """The logarithm of `confidence`, `(B,)`; it does not underflow."""
-        # Beside N support points of weight 1/N each, a pair of that weight takes the share
-        # exp(log_mass) / (exp(log_mass) + N) of its row, and by symmetry of its column.
-        return 2.0 * F.logsigmoid(self.log_mass(v, t) - math.log(len(self)))
+        v, t = v.detach().float(), t.detach().float()
+        own_cost = 1.0 - (v * t).sum(dim=1)
+        f, g = self.image_potential(v), self.text_potential(t)
+        # Beside N support points of weight 1/N each, a pair of that weight and of mass m takes the share m / (m + N).
+        row, column = (
+            F.logsigmoid((potentials - own_cost) / self.epsilon - math.log(len(self)))
+            for potentials in (f + self._own(g), self._own(f) + g)
+        )
+        return row + column
 
     def confidence(self, v: Tensor, t: Tensor) -> Tensor:
         """`p(t_i | v_i) · p(v_i | t_i)`, `(B,)`, in `(0, 1)`, detached.
@@ -100,7 +109,7 @@ class TransportPlan:
             t: `(B, d)` their own texts. When given, each own pair joins the support of its row (its potential comes
                 from the c-transform); it counts as a constant, as the rest of the support does.
         """
-        own_potential = None if t is None else self.text_potential(t)
+        own_potential = None if t is None else self._own(self.text_potential(t))
         return self._transport(v, self.text_features, self.g, t, own_potential)
 
     def transport_text(self, t: Tensor, v: Tensor | None = None) -> Tensor:
@@ -110,7 +119,7 @@ class TransportPlan:
             t: `(B, d)` unit-norm text features; gradients flow to them.
             v: `(B, d)` their own images, or `None`; as in `transport_image`.
         """
-        own_potential = None if v is None else self.image_potential(v)
+        own_potential = None if v is None else self._own(self.image_potential(v))
         return self._transport(t, self.image_features, self.f, v, own_potential)
 
     def to(self, device: torch.device | str) -> TransportPlan:
@@ -128,6 +137,7 @@ class TransportPlan:
             "epsilon": self.epsilon,
             "step": self.step,
             "diagnostics": dict(self.diagnostics),
+            "coupled": self.coupled,
         }
 
     def digest(self) -> str:
@@ -149,13 +159,17 @@ class TransportPlan:
         tensors = (plan.image_features, plan.text_features, plan.f, plan.g)
         if not all(tensor.dtype == torch.float32 for tensor in tensors):
             raise TypeError("a plan's features and potentials must be float32 tensors")
-        if type(plan.epsilon) is not float or type(plan.step) is not int:
-            raise TypeError("a plan's epsilon must be a float and its step an int")
+        if (type(plan.epsilon), type(plan.step), type(plan.coupled)) != (float, int, bool):
+            raise TypeError("a plan's epsilon must be a float, its step an int and coupled a bool")
         if not 0 < plan.epsilon < math.inf or not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
             raise ValueError("a plan's features, potentials and epsilon must be finite")
         if not all(isinstance(value, int | float) for value in dict(plan.diagnostics).values()):
             raise TypeError("a plan's diagnostics must be plain numbers")
         return plan
+
+    def _own(self, potential: Tensor) -> Tensor:
+        """The potential that a new point has in the support of its own pair, from its c-transform."""
+        return potential if self.coupled else torch.zeros_like(potential)
 
     def _potential(self, queries: Tensor, support: Tensor, potential: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):

@@ -10,7 +10,7 @@ from openclip_otco.loss import OTCOLoss
 from openclip_otco.models import check_model, model_configs, prepare_model, register_models
 from openclip_otco.options import Option, add_options, check_options, check_run, count, end, positive, share, weight
 from openclip_otco.ot.shards import ALONE, DistributedShards
-from openclip_otco.solver import INITIAL_PLANS, PlanSolver
+from openclip_otco.solver import COUPLINGS, INITIAL_PLANS, PlanSolver
 
 OPTIONS = (
     Option("--otco-window", 8, "Optimizer steps between two plan updates.", count, "at least 1"),
@@ -20,10 +20,15 @@ OPTIONS = (
            choices=INITIAL_PLANS),
     Option("--otco-additive-error", 0.01, "Additive error of the combinatorial plan, as a share of the largest cost.",
            lambda value: 0 < value <= 1, "in (0, 1]"),
+    Option("--otco-coupling", "transport",
+           "What couples a window: an optimal transport plan, or two softmaxes without marginals, to compare with.",
+           choices=COUPLINGS),
     Option("--otco-cache-size", 4, "Plans kept, oldest out first.", count, "at least 1"),
     Option("--otco-plans-per-step", 1, "Cached plans drawn each step to transport the batch.", count, "at least 1"),
     Option("--otco-transport-weight", 0.0, "Weight of the transported pairs in the loss, 0 = off.", weight,
            "0 or more"),
+    Option("--otco-own-pair", "in", "Whether a pair's own partner is in the support that transports it.",
+           choices=("in", "out")),
     Option("--otco-confidence", 0.25, "Power of the plan confidence that weighs each pair, 0 = off.", weight,
            "0 or more"),
     Option("--otco-least-share", 0.5, "Least effective share of the batch that confidence leaves, 0 = no limit.",
@@ -71,6 +76,7 @@ class OTCOPlugin:
             divergence_weight=args.otco_divergence_weight,
             epsilon=args.otco_epsilon,
             least_share=args.otco_least_share,
+            own_pair=args.otco_own_pair == "in",
             local_loss=args.local_loss,
             gather_with_grad=args.gather_with_grad,
             cache_labels=True,
@@ -92,6 +98,7 @@ class OTCOPlugin:
                     initial_plan=args.otco_initial_plan,
                     additive_error=args.otco_additive_error,
                     seed=args.seed,
+                    coupling=args.otco_coupling,
                     shards=DistributedShards() if args.world_size > 1 else ALONE,
                 ),
                 plans_per_step=args.otco_plans_per_step,

@@ -16,6 +16,7 @@ from openclip_otco.ot.shards import ALONE, Shards
 from openclip_otco.plan import TransportPlan
 
 INITIAL_PLANS = ("combinatorial", "emd", "previous", "none")
+COUPLINGS = ("transport", "softmax")
 # The drift between windows is a monitor: a few hundred points of each are enough, and it must not outweigh the plan.
 _DRIFT_SUPPORT = 512
 # Processes share a plan if each gets at least this many points; smaller ones each makes alone, and all the same.
@@ -37,6 +38,7 @@ class PlanSolver:
         max_iterations: of Sinkhorn.
         seed: breaks the combinatorial plan's ties.
         shards: the processes that make a plan together: one of them the initial plan, each its share of the rest.
+        coupling: `transport`, or `softmax`: no transport, zero potentials, to see what the marginals are good for.
 
     Raises:
         ValueError: a setting out of its range.
@@ -49,8 +51,11 @@ class PlanSolver:
     max_iterations: int = 2000
     seed: int = 0
     shards: Shards = ALONE
+    coupling: str = "transport"
 
     def __post_init__(self) -> None:
+        if self.coupling not in COUPLINGS:
+            raise ValueError(f"coupling must be one of {', '.join(COUPLINGS)}; got {self.coupling!r}")
         if self.initial_plan not in INITIAL_PLANS:
             raise ValueError(f"initial_plan must be one of {', '.join(INITIAL_PLANS)}; got {self.initial_plan!r}")
         if not self.epsilon > 0:
@@ -77,26 +82,11 @@ class PlanSolver:
             images, texts = image_features.detach().float(), text_features.detach().float()
             cost: Cost = CosineCost(images, texts)
             shards = self.shards if len(images) >= _LEAST_SHARE * self.shards.count else ALONE
-            # The first process makes the initial plan, for which it needs the whole matrix.
-            cost = shards.attempt(lambda: held(cost) if shards.rank == 0 else cost)
-            if shards.count > 1:
-                cost = HeldParts(cost)
             diagnostics: dict[str, float] = {}
-            result = sinkhorn(
-                cost,
-                self.epsilon,
-                init=self._start(cost, texts, previous, diagnostics, shards),
-                tol=self.tolerance,
-                max_iterations=self.max_iterations,
-                shards=shards,
-            )
-            if not result.marginal_error <= _WORST_ERROR:
-                raise RuntimeError(
-                    f"Sinkhorn is still {result.marginal_error:.2g} from its marginals after {result.iterations} "
-                    f"iterations at epsilon={self.epsilon}; try a larger epsilon"
-                )
-            diagnostics |= {"iterations": result.iterations, "marginal_error": result.marginal_error}
-            diagnostics |= _shape_of(cost, result.f, result.g, self.epsilon, shards)
+            if self.coupling == "transport":
+                f, g = self._potentials(cost, texts, previous, diagnostics, shards)
+            else:
+                f, g = images.new_zeros(2, len(images))
             if previous is not None and previous.image_features.shape[1] == images.shape[1]:
                 sides = ((previous.image_features, images), (previous.text_features, texts))
                 image, text = shards.first(
@@ -104,7 +94,37 @@ class PlanSolver:
                 ).tolist()
                 diagnostics |= {"drift_image": image, "drift_text": text}
         diagnostics["seconds"] = time.perf_counter() - started
-        return TransportPlan(images, texts, result.f, result.g, self.epsilon, step, diagnostics)
+        return TransportPlan(images, texts, f, g, self.epsilon, step, diagnostics, self.coupling == "transport")
+
+    def _potentials(
+        self,
+        cost: Cost,
+        texts: Tensor,
+        previous: TransportPlan | None,
+        diagnostics: dict[str, float],
+        shards: Shards,
+    ) -> tuple[Tensor, Tensor]:
+        """`f` and `g`, `(N,)` each, of the entropic plan."""
+        # The first process makes the initial plan, for which it needs the whole matrix.
+        cost = shards.attempt(lambda: held(cost) if shards.rank == 0 else cost)
+        if shards.count > 1:
+            cost = HeldParts(cost)
+        result = sinkhorn(
+            cost,
+            self.epsilon,
+            init=self._start(cost, texts, previous, diagnostics, shards),
+            tol=self.tolerance,
+            max_iterations=self.max_iterations,
+            shards=shards,
+        )
+        if not result.marginal_error <= _WORST_ERROR:
+            raise RuntimeError(
+                f"Sinkhorn is still {result.marginal_error:.2g} from its marginals after {result.iterations} "
+                f"iterations at epsilon={self.epsilon}; try a larger epsilon"
+            )
+        diagnostics |= {"iterations": result.iterations, "marginal_error": result.marginal_error}
+        diagnostics |= _shape_of(cost, result.f, result.g, self.epsilon, shards)
+        return result.f, result.g
 
     def _start(
         self,

@@ -113,6 +113,21 @@ def test_the_loss_is_its_formula(plan, gamma, least_share, transport, count):
     assert torch.equal(loss(images, texts, SCALE), sum(losses.values()))
 
 
+def test_without_own_pairs_the_support_is_other_samples_alone(plan):
+    images, texts = paired_features(32, seed=2)
+    loss = OTCOLoss(confidence=0, transport_weight=0.7, own_pair=False)
+    loss.set_plans([plan], plan)
+    losses = loss(images, texts, SCALE, output_dict=True)
+    ones = torch.ones(32)
+    expected = 0.7 * (
+        info_nce(plan.transport_image(images), texts, float(SCALE), ones)
+        + info_nce(images, plan.transport_text(texts), float(SCALE), ones)
+    )
+    torch.testing.assert_close(losses["transport_loss"].double(), expected, rtol=1e-4, atol=1e-6)
+    loss.own_pair = True
+    assert float(loss(images, texts, SCALE, output_dict=True)["transport_loss"]) < float(losses["transport_loss"])
+
+
 def test_weights_have_mean_one_and_no_gradient(plan):
     images, texts = paired_features(32, seed=2)
     loss = OTCOLoss(confidence=1.5)

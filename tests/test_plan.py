@@ -151,3 +151,22 @@ def test_fields_that_do_not_fit_are_refused():
     plan = plan_of(0.1)
     with pytest.raises(ValueError, match="potentials of one N"):
         TransportPlan(plan.image_features, plan.text_features, plan.f[:-1], plan.g, 0.1)
+
+
+@pytest.mark.parametrize("epsilon", EPSILONS)
+def test_without_coupling_shares_are_plain_softmaxes(epsilon):
+    plan = PlanSolver(epsilon, coupling="softmax").solve(*paired_features(60))
+    v, t = paired_features(17, seed=5)
+    zero, none = torch.zeros(60), torch.zeros(17)
+    row = dense_shares(v, plan.text_features, zero, t, none, epsilon)[:, -1]
+    column = dense_shares(t, plan.image_features, zero, v, none, epsilon)[:, -1]
+    torch.testing.assert_close(plan.confidence(v, t).double(), row * column, rtol=1e-4, atol=1e-7)
+    moved = F.normalize(
+        dense_shares(v, plan.text_features, zero, t, none, epsilon)[:, :-1] @ plan.text_features.double()
+        + row[:, None] * t.double()
+    )
+    torch.testing.assert_close(plan.transport_image(v, t).double(), moved, rtol=0, atol=1e-5)
+    again = TransportPlan.from_state_dict(plan.state_dict())
+    assert not again.coupled
+    assert torch.equal(again.log_confidence(v, t), plan.log_confidence(v, t))
+    assert not torch.allclose(plan.confidence(v, t), plan_of(epsilon).confidence(v, t), rtol=1e-2)
