@@ -1,0 +1,64 @@
+"""Queue of keys: features of the last batches, the negatives of MoCo."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openclip_otco.loss import Features
+
+
+class KeyQueue:
+    """The newest `size` pairs of keys, first in, first out. It starts empty, and holds no random vectors.
+
+    Args:
+        size: `K >= 1`, most pairs that it holds. Any batch size goes with it.
+
+    Raises:
+        ValueError: `size` below one.
+    """
+
+    def __init__(self, size: int) -> None:
+        if size < 1:
+            raise ValueError(f"size must be at least 1; got {size}")
+        self.size = size
+        self.keys: Features | None = None
+
+    def __len__(self) -> int:
+        return 0 if self.keys is None else len(self.keys.images)
+
+    def add(self, keys: Features) -> None:
+        """Appends `(B, d)` image and text keys, row `i` of both one pair; a pair that is not finite is left out.
+
+        A single one that got in would make every later loss NaN until the queue has passed it on.
+        """
+        finite = torch.isfinite(keys.images).all(dim=1) & torch.isfinite(keys.texts).all(dim=1)
+        new = Features(*(side[finite].detach().float() for side in keys))
+        held = new if self.keys is None else Features(*map(torch.cat, zip(self.keys, new, strict=True)))
+        # A copy, as a view would keep what has left the queue in memory and in the checkpoint.
+        self.keys = Features(*(side[-self.size :].clone() for side in held))
+
+    def clear(self) -> None:
+        self.keys = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {} if self.keys is None else self.keys._asdict()
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str) -> None:
+        """Takes up a saved state; of a larger queue it takes the newest pairs.
+
+        Raises:
+            ValueError: the state is not one of a queue.
+        """
+        self.clear()
+        if not state:
+            return
+        images, texts = (state.get(name) for name in Features._fields)
+        if not (isinstance(images, Tensor) and isinstance(texts, Tensor) and images.ndim == 2 <= images.shape[1]):
+            raise ValueError("the queue's keys must be (n, d) tensors")
+        if images.shape != texts.shape:
+            raise ValueError(f"as many image as text keys are needed; got {len(images)} and {len(texts)}")
+        self.add(Features(images.to(device), texts.to(device)))

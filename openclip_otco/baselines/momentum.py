@@ -1,0 +1,70 @@
+"""Momentum encoders: a slowly following copy of the model that encodes each batch a second time.
+
+He, Fan, Wu, Xie, Girshick, *Momentum contrast for unsupervised visual representation learning*, CVPR 2020, here of both
+towers, as in Li et al., *Align before fuse*, NeurIPS 2021.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+class MomentumEncoders:
+    """Adds `image_keys` and `text_keys`, `(B, d)` unit norm, to what the model gives out while it trains.
+
+    They reach the loss beside the features. The copy stays in training mode, as MoCo's key encoder does: its dropout is
+    its own, and its batch norm normalizes by the batch. It is no part of the model: not optimized, not wrapped by DDP.
+
+    Args:
+        model: the model as OpenCLIP made it, its weights those to start from, on the device where it trains.
+        momentum: `m` in `[0, 1)`; after each step `θ_k <- m θ_k + (1 - m) θ_q`.
+
+    Raises:
+        ValueError: `momentum` outside `[0, 1)`.
+    """
+
+    def __init__(self, model: nn.Module, momentum: float) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1); got {momentum}")
+        self.model = model
+        self.encoder: Any = copy.deepcopy(model).requires_grad_(False).train()
+        self._average = get_ema_multi_avg_fn(momentum)
+        model.register_forward_hook(self._add_keys)
+
+    def update(self) -> None:
+        """Moves the encoders towards the model; called after the optimizer's step."""
+        self._average(list(self.encoder.parameters()), list(self.model.parameters()), None)
+
+    def reset(self) -> None:
+        """Makes them the model's copy again."""
+        self.encoder.load_state_dict(self.model.state_dict())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.encoder.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up a saved state.
+
+        Raises:
+            RuntimeError: it is of another model; some of the weights may have been changed then.
+        """
+        self.encoder.load_state_dict(state)
+
+    # Drawing random numbers for dropout, and another module than the one that is compiled.
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _add_keys(self, model: nn.Module, inputs: tuple[Tensor, Tensor], output: dict[str, Tensor]) -> Any:
+        if not model.training:
+            return None
+        images, texts = inputs
+        return {
+            **output,
+            "image_keys": self.encoder.encode_image(images, normalize=True),
+            "text_keys": self.encoder.encode_text(texts, normalize=True),
+        }

@@ -1,0 +1,113 @@
+"""OTTER: in-batch transport plans as soft targets beside the one-hot ones."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss
+from torch import Tensor
+
+from openclip_otco.baselines.callback import gathered
+from openclip_otco.loss import Features
+from openclip_otco.ot import sinkhorn
+
+# η of the paper, in units of ε where that is large: it takes all mass from own pairs, as exp(-100) is zero in float32.
+_DIAGONAL = 100.0
+
+
+class OTTERLoss(ClipLoss):
+    """`ClipLoss` with targets that are in part a transport plan's (Wu et al., *Data efficient language-supervised
+    zero-shot recognition with optimal transport distillation*, ICLR 2022).
+
+    .. code-block:: text
+
+        L = (1 - α) · ClipLoss(v, t) + α · ½ [ CE(M, softmax(s · V Tᵀ)) + CE(Mᵀ, softmax(s · T Vᵀ)) ]
+        M = argmax_{M ∈ Π} <M, S> + ε H(M),   S = V' T'ᵀ + V' V'ᵀ + T' T'ᵀ - η I
+
+    `v', t'` are the teacher's features of the global batch, without gradient, and `Π` the couplings of uniform
+    marginals. `η` keeps own pairs, whose mass the first term has already, out of the plan.
+
+    Args:
+        share: `α` in `[0, 1]`; with 0 it is `ClipLoss` to the bit.
+        epsilon: `ε > 0`, the paper's `λ`.
+        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: as in `open_clip.ClipLoss`.
+
+    Raises:
+        ValueError: `share` outside `[0, 1]` or `epsilon` not positive.
+    """
+
+    def __init__(
+        self,
+        share: float = 0.5,
+        epsilon: float = 0.15,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
+        super().__init__(
+            local_loss=local_loss,
+            gather_with_grad=gather_with_grad,
+            cache_labels=cache_labels,
+            rank=rank,
+            world_size=world_size,
+            use_horovod=use_horovod,
+        )
+        if not 0 <= share <= 1:
+            raise ValueError(f"share must lie in [0, 1]; got {share}")
+        if not epsilon > 0:
+            raise ValueError(f"epsilon must be positive; got {epsilon}")
+        self.share, self.epsilon = share, epsilon
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        *,
+        image_keys: Tensor | None = None,
+        text_keys: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> dict[str, Tensor] | Tensor:
+        """The loss of `(B, d)` unit-norm image and text features; row `i` of all is one pair.
+
+        `image_keys` and `text_keys` are the teacher's features of them; where there are none the model teaches itself.
+
+        Returns:
+            The sum, or with `output_dict` its weighted terms `contrastive_loss` and `otter_loss`.
+        """
+        by_image, by_text = self.get_logits(image_features, text_features, logit_scale, logit_bias)
+        labels = self.get_ground_truth(by_image.device, len(by_image))
+        contrastive = (F.cross_entropy(by_image, labels) + F.cross_entropy(by_text, labels)) / 2
+        if not self.share:
+            return {"contrastive_loss": contrastive} if output_dict else contrastive
+        teacher = Features(
+            image_features if image_keys is None else image_keys, text_features if text_keys is None else text_keys
+        )
+        texts, images = soft_targets(gathered(teacher, self.world_size), self.epsilon)
+        # The labels are the numbers of this rank's rows as well.
+        soft = F.cross_entropy(by_image, texts[labels].to(by_image.dtype))
+        soft = (soft + F.cross_entropy(by_text, images[labels].to(by_text.dtype))) / 2
+        terms = {"contrastive_loss": (1 - self.share) * contrastive, "otter_loss": self.share * soft}
+        return terms if output_dict else terms["contrastive_loss"] + terms["otter_loss"]
+
+
+@torch.no_grad()
+def soft_targets(teacher: Features, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The plan between all images and texts of `(N, d)` teacher features, and its transpose, rows scaled to sum 1."""
+    with torch.autocast(teacher.images.device.type, enabled=False):
+        images, texts = (side.float() for side in teacher)
+        n = len(images)
+        similarity = images @ texts.T + images @ images.T + texts @ texts.T
+        similarity -= _DIAGONAL * max(1.0, epsilon) * torch.eye(n, device=similarity.device)
+        if not bool(torch.isfinite(similarity).all()):
+            nan = torch.full_like(similarity, torch.nan)  # the training loop's to find, as it is with ClipLoss
+            return nan, nan
+        plan = sinkhorn(-similarity, epsilon)
+        # Rows and columns of the plan are normalized each by its own softmax: exact, however far Sinkhorn went.
+        by_image = torch.softmax((similarity + plan.g) / epsilon, dim=1)
+        by_text = torch.softmax((similarity + plan.f[:, None]) / epsilon, dim=0).T
+    return by_image, by_text

@@ -1,0 +1,116 @@
+"""All that OpenCLIP calls for the baselines: arguments, checks, hooks, losses, callbacks."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import open_clip
+from torch import nn
+
+from openclip_otco.baselines.callback import MomentumCallback
+from openclip_otco.baselines.key_queue import KeyQueue
+from openclip_otco.baselines.moco import MoCoLoss
+from openclip_otco.baselines.momentum import MomentumEncoders
+from openclip_otco.baselines.otter import OTTERLoss
+from openclip_otco.baselines.simclr import SimCLRLoss
+from openclip_otco.baselines.views import RandomViews, SecondView
+from openclip_otco.options import Option, add_options, check_options, check_run, count, end, positive, share
+
+
+def _below_one(value: float) -> bool:
+    return 0 <= value < 1
+
+
+OPTIONS = {
+    "moco": (
+        Option("--moco-momentum", 0.995, "Momentum of the key encoders.", _below_one, "in [0, 1)"),
+        Option("--moco-queue-size", 4096, "Pairs of keys in the queues, the negatives of each query.", count,
+               "at least 1"),
+    ),
+    "simclr": (
+        Option("--simclr-weight", 1.0, "Weight of the loss between two views of the image.", positive, "positive"),
+        Option("--simclr-temperature", 0.1, "Temperature of that loss.", positive, "positive"),
+    ),
+    "otter": (
+        Option("--otter-share", 0.5, "Share of the transport plan in the targets, 0 = off.", share, "in [0, 1]"),
+        Option("--otter-epsilon", 0.15, "Entropic regularization of the plan, in units of the similarity.", positive,
+               "positive"),
+        Option("--otter-momentum", 0.995, "Momentum of the teacher, 0 = the model's own features.", _below_one,
+               "in [0, 1)"),
+    ),
+}  # fmt: skip
+
+
+class BaselinesPlugin:
+    """The plugin `baselines` of the entry-point group `open_clip_train.plugins`."""
+
+    name = "baselines"
+    losses = tuple(OPTIONS)
+
+    def __init__(self) -> None:
+        self.model: nn.Module | None = None
+
+    def add_arguments(self, group: argparse._ArgumentGroup) -> None:
+        for options in OPTIONS.values():
+            add_options(group, options)
+
+    def check_args(self, parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+        """Fills in defaults and ends with one clear line and exit code 2 on what cannot train."""
+        for loss, options in OPTIONS.items():
+            check_options(parser, args, options, loss)
+        if args.loss not in self.losses:
+            return
+        check_run(parser, args)
+        for flag in ("torchscript", "trace"):
+            if getattr(args, flag):
+                end(parser, f"argument --{flag}: not supported by --loss {args.loss}, which hooks into the model")
+        # Steps of 1 - m are lost in the rounding of half-precision weights.
+        if _momentum(args) is not None and args.precision in ("fp16", "bf16", "pure_fp16", "pure_bf16"):
+            end(parser, f"argument --precision: --loss {args.loss} averages weights in float32; use amp or amp_bf16")
+
+    def prepare_model(self, args: argparse.Namespace, model: nn.Module) -> None:
+        # Momentum encoders are copied later, when the weights to resume from are in.
+        self.model = model if _momentum(args) is not None else None
+        if args.loss == "simclr":
+            preprocessing = open_clip.get_model_preprocess_cfg(model)
+            SecondView(model, RandomViews(preprocessing["mean"], preprocessing["std"]))
+
+    def create_loss(self, args: argparse.Namespace) -> nn.Module:
+        if args.loss == "moco":
+            return MoCoLoss(KeyQueue(args.moco_queue_size))
+        settings: dict[str, Any] = {
+            "local_loss": args.local_loss,
+            "gather_with_grad": args.gather_with_grad,
+            "cache_labels": True,
+            "rank": args.rank,
+            "world_size": args.world_size,
+            "use_horovod": args.horovod,
+        }
+        if args.loss == "simclr":
+            return SimCLRLoss(args.simclr_weight, args.simclr_temperature, **settings)
+        return OTTERLoss(args.otter_share, args.otter_epsilon, **settings)
+
+    def create_callbacks(self, args: argparse.Namespace, loss: object) -> list[MomentumCallback]:
+        momentum = _momentum(args)
+        if self.model is None or momentum is None:
+            return []
+        return [
+            MomentumCallback(
+                name=args.loss,
+                encoders=MomentumEncoders(self.model, momentum),
+                loss=loss if isinstance(loss, MoCoLoss) else None,
+                device=args.device,
+                world_size=args.world_size,
+                master=args.rank == 0,
+            )
+        ]
+
+
+def _momentum(args: argparse.Namespace) -> float | None:
+    """Of the momentum encoders that the loss needs; `None` where it needs none."""
+    if args.loss == "moco":
+        return float(args.moco_momentum)
+    if args.loss == "otter" and args.otter_share and args.otter_momentum:
+        return float(args.otter_momentum)
+    return None

@@ -1,0 +1,95 @@
+"""SimCLR beside the image-text loss, as in SLIP: NT-Xent between two views of each image."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss, gather_features
+from torch import Tensor
+
+
+class SimCLRLoss(ClipLoss):
+    """`ClipLoss`, plus NT-Xent (Chen et al., ICML 2020, equation 1) between two views of the image.
+
+    .. code-block:: text
+
+        L = ClipLoss(v, t) + w · 1/2N Σ_a -log exp(z_a·z_p(a)/τ) / Σ_{b≠a} exp(z_a·z_b/τ)
+
+    The sum runs over the `2N` views `z = (v, v')` of the global batch, `p(a)` is the other view of `a`'s image. SLIP
+    (Mu, Kirillov, Wagner, Xie, ECCV 2022) adds the two losses in this way.
+
+    Args:
+        weight: `w > 0`.
+        temperature: `τ > 0`.
+        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: as in `open_clip.ClipLoss`.
+
+    Raises:
+        ValueError: weight or temperature not positive.
+    """
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        temperature: float = 0.1,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
+        super().__init__(
+            local_loss=local_loss,
+            gather_with_grad=gather_with_grad,
+            cache_labels=cache_labels,
+            rank=rank,
+            world_size=world_size,
+            use_horovod=use_horovod,
+        )
+        if not (weight > 0 and temperature > 0):
+            raise ValueError(f"weight and temperature must be positive; got {weight} and {temperature}")
+        self.weight, self.temperature = weight, temperature
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        *,
+        view_features: Tensor,
+        output_dict: bool = False,
+    ) -> dict[str, Tensor] | Tensor:
+        """The loss of `(B, d)` unit-norm features of images, texts and second views; row `i` of all is one sample.
+
+        Returns:
+            The sum, or with `output_dict` its weighted terms `contrastive_loss` and `simclr_loss`.
+        """
+        contrastive = super().forward(image_features, text_features, logit_scale, logit_bias)
+        simclr = self.weight * self._nt_xent(image_features, view_features)
+        if output_dict:
+            return {"contrastive_loss": contrastive, "simclr_loss": simclr}
+        return contrastive + simclr
+
+    def _nt_xent(self, first: Tensor, second: Tensor) -> Tensor:
+        all_first, all_second = first, second
+        if self.world_size > 1:
+            all_first, all_second = gather_features(
+                first,
+                second,
+                local_loss=self.local_loss,
+                gather_with_grad=self.gather_with_grad,
+                rank=self.rank,
+                world_size=self.world_size,
+                use_horovod=self.use_horovod,
+            )
+            if not self.local_loss:
+                first, second = all_first, all_second
+        labels = self.get_ground_truth(first.device, len(first))
+        itself = F.one_hot(labels, len(all_first)).bool()
+        loss = torch.zeros((), device=first.device)
+        for views, same, other in ((first, all_first, all_second), (second, all_second, all_first)):
+            # Positives lie on the diagonal of the first block; no view is compared with itself.
+            logits = torch.cat([views @ other.T, (views @ same.T).masked_fill(itself, -torch.inf)], dim=1)
+            loss = loss + F.cross_entropy(logits / self.temperature, labels)
+        return loss / 2
