@@ -26,13 +26,14 @@ from openclip_otco.plugin import OTCOPlugin
 
 
 class Alternating(OTCOLoss):
-    """OTCO's loss, or CLIP's where `clip` is set."""
+    """OTCO's loss, or CLIP's while `turn` says so."""
 
-    clip: ClipLoss | None = None
+    clip: ClipLoss
+    turn = "otco"
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor] | Tensor:
         out: dict[str, Tensor] | Tensor
-        out = super().forward(*args, **kwargs) if self.clip is None else self.clip(*args, **kwargs)
+        out = super().forward(*args, **kwargs) if self.turn == "otco" else self.clip(*args, **kwargs)
         return out
 
 
@@ -46,16 +47,15 @@ class AlternatingPlugin(OTCOPlugin):
     def create_loss(self, args: argparse.Namespace) -> OTCOLoss:
         loss = super().create_loss(args)
         loss.__class__ = Alternating
+        loss.clip = ClipLoss(
+            args.local_loss, args.gather_with_grad, cache_labels=True, rank=args.rank, world_size=args.world_size
+        )
         return loss
 
     def create_callbacks(self, args: argparse.Namespace, loss: object) -> list[Any]:
         assert isinstance(loss, Alternating)
         (hook,) = super().create_callbacks(args, loss)
-        hook.window.steps = args.otco_window
-        clip = ClipLoss(
-            args.local_loss, args.gather_with_grad, cache_labels=True, rank=args.rank, world_size=args.world_size
-        )
-        return [Turns(hook, loss, clip, args.otco_window, self.file if args.rank == 0 else None)]
+        return [Turns(hook, loss, args.otco_window, self.file if args.rank == 0 else None)]
 
 
 class Turns:
@@ -63,10 +63,8 @@ class Turns:
 
     name = "otco"
 
-    def __init__(
-        self, hook: PlanCacheCallback, loss: Alternating, clip: ClipLoss, block: int, file: Path | None
-    ) -> None:
-        self.hook, self.loss, self.clip, self.block, self.file = hook, loss, clip, block, file
+    def __init__(self, hook: PlanCacheCallback, loss: Alternating, block: int, file: Path | None) -> None:
+        self.hook, self.loss, self.block, self.file = hook, loss, block, file
         self.seconds: dict[str, list[float]] = {"clip": [], "otco": []}
         self.started = time.perf_counter()
 
@@ -74,13 +72,13 @@ class Turns:
         self.hook.on_train_start(step=step, total_steps=total_steps)
 
     def on_step_end(self, *, step: int, **rest: Any) -> None:
-        if self.loss.clip is None:
+        if self.loss.turn == "otco":
             self.hook.on_step_end(step=step, **rest)
         if (step + 1) % self.block:
             return
         now = time.perf_counter()
-        self.seconds["otco" if self.loss.clip is None else "clip"].append(now - self.started)
-        self.loss.clip = self.clip if self.loss.clip is None else None
+        self.seconds[self.loss.turn].append(now - self.started)
+        self.loss.turn = "clip" if self.loss.turn == "otco" else "otco"
         self.started = now
 
     def on_epoch_end(self, **_: Any) -> None:

@@ -267,7 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/scaling"), help="folder for what is measured")
     parser.add_argument("--repeats", type=int, default=5, help="plans timed at each number of ranks")
-    parser.add_argument("--blocks", type=int, default=12, help="turns of 8 steps of each loss")
+    parser.add_argument("--blocks", type=int, default=9, help="turns of 8 steps of each loss")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"cores": os.cpu_count(), "torch": torch.__version__}
