@@ -12,6 +12,7 @@ from openclip_otco.version import __version__
 COMMANDS = {
     "patch": ("openclip_otco.patching", "give OpenCLIP's training script its plugin point, or take it away again"),
     "scenes": ("openclip_otco.scenes.shards", "render pairs of a scene and its caption as webdataset shards"),
+    "evaluate": ("openclip_otco.evaluate.command", "measure retrieval and zero-shot classification of a checkpoint"),
     "compare": ("openclip_otco.study.compare", "train the same model with several losses and compare them"),
 }
 

@@ -1,0 +1,158 @@
+"""Checkpoints of OpenCLIP's training script: which model they are of, and that model with their weights."""
+
+import ast
+import contextlib
+import logging
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openclip_otco.evaluate import EvaluationError
+from openclip_otco.evaluate.encoder import Encoder
+
+# What DistributedDataParallel and torch.compile put before the names of weights.
+_WRAPPERS = ("module.", "_orig_mod.")
+# Flags of the training that decide how the model is made or how images are prepared for validation.
+_MODEL_FLAGS = (
+    "force_quick_gelu",
+    "force_custom_text",
+    "force_image_size",
+    "force_context_length",
+    "image_mean",
+    "image_std",
+    "image_interpolation",
+    "image_resize_mode",
+)
+
+
+def params(checkpoint: Path) -> dict[str, Any]:
+    """What OpenCLIP wrote about the run: `runs/NAME/params.txt` for `runs/NAME/checkpoints/epoch_N.pt`, {} without."""
+    try:
+        lines = (checkpoint.parent.parent / "params.txt").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    found = {}
+    for line in lines:
+        name, _, text = line.partition(": ")
+        try:
+            found[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            found[name] = text
+    return found
+
+
+def state_dict(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The model's weights in a checkpoint; no code in the file is run (`weights_only`).
+
+    Raises:
+        EvaluationError: the file is missing, or holds no weights.
+    """
+    if not checkpoint.is_file():
+        raise EvaluationError(f"CHECKPOINT {checkpoint}: no such file")
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise EvaluationError(f"CHECKPOINT {checkpoint}: cannot be read: {reason}") from error
+    weights = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not weights or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
+        raise EvaluationError(f"CHECKPOINT {checkpoint}: holds no weights of a model under `state_dict`")
+    return {_bare(name): weight for name, weight in weights.items()}
+
+
+def load(
+    checkpoint: Path, model: str | None = None, precision: str | None = None, device: str | None = None
+) -> Encoder:
+    """The model of a checkpoint; what is not given is the run's own, as its `params.txt` tells.
+
+    Args:
+        checkpoint: written by `open_clip_train.main`, or weights alone.
+        model: OpenCLIP's name of the model.
+        precision: as `--precision` of the training; fp32 where nothing tells.
+        device: a device of torch; the run's where it is there, else the best there is.
+
+    Raises:
+        EvaluationError: the checkpoint, the model or the device cannot be used.
+    """
+    run = params(checkpoint)
+    weights = state_dict(checkpoint)
+    name = model or run.get("model")
+    if name is None:
+        where = checkpoint.parent.parent / "params.txt"
+        raise EvaluationError(f"CHECKPOINT {checkpoint}: {where} does not tell its model; name it by --model")
+    precision = precision or str(run.get("precision", "fp32"))
+    place = _device(device, run.get("device"))
+    made, preprocess, tokenizer = _make(str(name), precision, place, run, "logit_bias" in weights)
+    try:
+        made.load_state_dict(weights)
+    except RuntimeError as error:
+        # The rest of the message names each weight on a line of its own.
+        first = str(error).splitlines()[1].strip()
+        hint = first if len(first) < 200 else f"{first[:200]}..."
+        raise EvaluationError(f"CHECKPOINT {checkpoint}: is not of model {name} (--model): {hint}") from error
+    made.eval()
+
+    from open_clip import get_input_dtype
+    from open_clip_train.precision import get_autocast
+
+    autocast = get_autocast(precision, device_type=place.type)
+    return Encoder(str(name), made, tokenizer, preprocess, place, precision, autocast, get_input_dtype(precision))
+
+
+def _make(name: str, precision: str, device: torch.device, run: dict[str, Any], bias: bool) -> tuple[Any, Any, Any]:
+    import open_clip
+
+    from openclip_otco.models import check_model, prepare_model, register_models
+
+    register_models()
+    options = {flag: run[flag] for flag in _MODEL_FLAGS if run.get(flag) is not None}
+    if bias:
+        options["init_logit_bias"] = 0.0  # makes the parameter, which SigLIP's checkpoints have
+    try:
+        prepare_model(name)
+        if problem := check_model(name):
+            raise EvaluationError(f"--model {problem}")
+        with _no_talk_of_weights():
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                name, precision=precision, device=device, pretrained_text=False, **options
+            )
+        tokenizer = open_clip.get_tokenizer(name, context_length=run.get("force_context_length"))
+    except (RuntimeError, OSError, FileNotFoundError) as error:
+        raise EvaluationError(f"--model {name}: {str(error).splitlines()[0]}") from error
+    return model, preprocess, tokenizer
+
+
+def _device(given: str | None, of_run: Any) -> torch.device:
+    cuda = torch.cuda.is_available()
+    for name in (given, of_run if isinstance(of_run, str) else None):
+        if name is None:
+            continue
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise EvaluationError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        if device.type != "cuda" or cuda:
+            return device
+        if given:
+            raise EvaluationError(f"--device {name}: CUDA is not available here; give --device cpu")
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def _bare(name: str) -> str:
+    while name.startswith(_WRAPPERS):
+        name = name.partition(".")[2]
+    return name
+
+
+@contextlib.contextmanager
+def _no_talk_of_weights() -> Iterator[None]:
+    """OpenCLIP warns that no weights were loaded, which here come a moment later."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,187 @@
+"""`openclip-otco evaluate`: what a checkpoint does on a set of images with several captions each, or with classes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from openclip_otco.evaluate import EvaluationError, samples
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from openclip_otco.evaluate.encoder import Encoder
+    from openclip_otco.evaluate.samples import Sample
+
+OK, UNUSABLE = 0, 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `evaluate` to `parser`."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="runs/NAME/checkpoints/epoch_N.pt")
+    parser.add_argument(
+        "--data", metavar="SHARDS", required=True, help="webdataset shards: images, and captions or classes (.cls)"
+    )
+    parser.add_argument("--model", help="model of the checkpoint (default: that of its run, from params.txt)")
+    parser.add_argument("--precision", help="as in training (default: that of the run, else fp32)")
+    parser.add_argument("--classes", metavar="FILE", type=Path, help="class names, one a line, for .cls 0, 1 and so on")
+    parser.add_argument(
+        "--templates",
+        metavar="FILE",
+        type=Path,
+        help="prompts, one a line, with {c} for the class name (default: 7 of OpenCLIP's)",
+    )
+    parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images at once (%(default)s)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that decode (%(default)s)")
+    parser.add_argument("--device", help="device to use (default: the run's, where it is there)")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="write the metrics here as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what `args` ask for: 0, or 2 after one line about what to change."""
+    try:
+        found = evaluate(args)
+        if args.out is not None:
+            from openclip_otco.study.results import write_text
+
+            try:
+                write_text(args.out, json.dumps(found, indent=1) + "\n")
+            except OSError as error:
+                raise EvaluationError(f"--out {args.out}: cannot be written: {error.strerror}") from error
+    except EvaluationError as error:
+        print(f"openclip-otco evaluate: {error}", file=sys.stderr)
+        return UNUSABLE
+    print(page(found))
+    return OK
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """The metrics of `args.checkpoint` on `args.data`: `retrieval` where there are captions, `classification`.
+
+    Raises:
+        EvaluationError: something that was given cannot be used.
+    """
+    # Not at the top: they load torch, which `--help` does without.
+    import torch
+
+    from openclip_otco.evaluate import checkpoint
+    from openclip_otco.evaluate import classification as zero_shot
+    from openclip_otco.evaluate.retrieval import retrieval
+
+    total = samples.images(args.data)
+    if total == 0:
+        raise EvaluationError(f"--data {args.data}: no images ({', '.join(samples.IMAGE_TYPES)})")
+    if args.templates and not args.classes:
+        raise EvaluationError("--templates: needs --classes")
+    names = zero_shot.read_lines("--classes", args.classes) if args.classes else []
+    templates = zero_shot.read_templates(args.templates) if args.templates else _default_templates()
+    encoder = checkpoint.load(args.checkpoint, args.model, args.precision, args.device)
+    image_features, captions, labels = _images(encoder, args, total)
+
+    found: dict[str, Any] = {
+        "checkpoint": args.checkpoint.name,
+        "data": args.data,
+        "model": encoder.name,
+        "precision": encoder.precision,
+    }
+    if captions[0]:
+        text_image = torch.tensor([image for image, texts in enumerate(captions) for _ in texts])
+        found["retrieval"] = retrieval(image_features, _texts(encoder, captions, args.batch_size), text_image)
+    if labels and names:
+        if not 0 <= min(labels) <= max(labels) < len(names):
+            raise EvaluationError(
+                f"--classes {args.classes}: has {len(names)} names, for labels of {min(labels)} to {max(labels)}"
+            )
+        classes = zero_shot.class_features(encoder, names, templates)
+        found["classification"] = zero_shot.classification(image_features, torch.tensor(labels), classes)
+    elif labels:
+        print("the shards hold classes (.cls): name them by --classes for zero-shot classification", file=sys.stderr)
+    elif names:
+        raise EvaluationError(f"--classes {args.classes}: the shards hold no classes (.cls) to compare with")
+    return found
+
+
+def page(found: dict[str, Any]) -> str:
+    """The metrics as Markdown tables, recalls and accuracies in percent."""
+    lines = [f"{found['checkpoint']}: {found['model']}, {found['precision']}"]
+    if metrics := found.get("retrieval"):
+        lines += [
+            "",
+            f"Retrieval: {metrics['images']} images, {metrics['texts']} texts, rsum {metrics['rsum']:.1f}",
+            "",
+        ]
+        rows = [
+            [
+                way.replace("_", " "),
+                *(f"{100 * metrics[f'{way}_R@{k}']:.1f}" for k in (1, 5, 10)),
+                f"{metrics[f'{way}_mean_rank']:.1f}",
+                f"{metrics[f'{way}_median_rank']:.0f}",
+            ]
+            for way in ("image_to_text", "text_to_image")
+        ]
+        lines += _table(["", "R@1", "R@5", "R@10", "mean rank", "median rank"], rows)
+    if metrics := found.get("classification"):
+        lines += ["", f"Zero-shot classification: {metrics['images']} images, {metrics['classes']} classes", ""]
+        shares = [name for name in metrics if name not in ("images", "classes")]
+        lines += _table(shares, [[f"{100 * metrics[name]:.1f}" for name in shares]])
+    return "\n".join(lines)
+
+
+def _images(encoder: Encoder, args: argparse.Namespace, total: int | None) -> tuple[Tensor, list[list[str]], list[int]]:
+    """Features of all images, and the captions of each (all or none have some); labels, where all have one."""
+    import torch
+
+    features: list[Tensor] = []
+    kept: list[Sample] = []
+    with tqdm(total=total, desc="images", unit="image", disable=None) as bar:
+        for batch in samples.batches(args.data, encoder.preprocess, args.batch_size, args.workers):
+            features.append(encoder.images([sample.image for sample in batch]))
+            # Without the pixels: memory must not grow with them.
+            kept += [samples.Sample(sample.key, None, sample.captions, sample.label) for sample in batch]
+            bar.update(len(batch))
+    captioned = [sample for sample in kept if sample.captions]
+    labelled = [sample.label for sample in kept if sample.label is not None]
+    if not captioned and not labelled:
+        raise EvaluationError(
+            f"--data {args.data}: neither captions (.txt, .json) nor classes (.cls) beside the images"
+        )
+    for what, part in (("caption", len(captioned)), ("class", len(labelled))):
+        if part not in (0, len(kept)):
+            raise EvaluationError(f"--data {args.data}: {len(kept) - part} of {len(kept)} images have no {what}")
+    return torch.cat(features), [sample.captions for sample in kept], labelled
+
+
+def _texts(encoder: Encoder, captions: Sequence[Sequence[str]], size: int) -> Tensor:
+    import torch
+
+    texts = [text for each in captions for text in each]
+    features = []
+    with tqdm(total=len(texts), desc="texts", unit="text", disable=None) as bar:
+        for start in range(0, len(texts), size):
+            features.append(encoder.texts(texts[start : start + size]))
+            bar.update(len(features[-1]))
+    return torch.cat(features)
+
+
+def _default_templates() -> list[str]:
+    from open_clip import SIMPLE_IMAGENET_TEMPLATES
+
+    return [template("{}") for template in SIMPLE_IMAGENET_TEMPLATES]
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    rule = ["---" if not head else "---:" for head in heads]
+    return [f"| {' | '.join(line)} |" for line in (heads, rule, *rows)]
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number

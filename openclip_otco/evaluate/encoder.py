@@ -1,0 +1,55 @@
+"""The encoder: a trained model with its tokenizer and preprocessing, as features come out of it."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openclip_otco.evaluate import EvaluationError
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An OpenCLIP model in evaluation mode; features are unit norm, float32, on the CPU."""
+
+    name: str
+    model: Any
+    tokenizer: Callable[[Sequence[str]], Tensor]
+    preprocess: Callable[[Any], Tensor]
+    device: torch.device
+    precision: str
+    autocast: Callable[[], AbstractContextManager]
+    input_dtype: torch.dtype | None
+
+    @torch.inference_mode()
+    def images(self, images: Sequence[Tensor]) -> Tensor:
+        """`(n, d)` features of `n` preprocessed images, `(3, H, W)` each.
+
+        Raises:
+            EvaluationError: a feature is not finite.
+        """
+        batch = torch.stack(list(images)).to(self.device, self.input_dtype)
+        with self.autocast():
+            return self._features(self.model.encode_image(batch), "image")
+
+    @torch.inference_mode()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """`(n, d)` features of `n` texts.
+
+        Raises:
+            EvaluationError: a feature is not finite.
+        """
+        tokens = self.tokenizer(list(texts)).to(self.device)
+        with self.autocast():
+            return self._features(self.model.encode_text(tokens), "text")
+
+    def _features(self, features: Tensor, kind: str) -> Tensor:
+        # In float32: half precision would leave norms that differ by a percent, which reorders candidates.
+        features = torch.nn.functional.normalize(features.float(), dim=-1).cpu()
+        # Nothing compares with NaN: every query would come out first.
+        if not features.isfinite().all():
+            raise EvaluationError(f"the model's {kind} features are not finite: it diverged, or needs --precision fp32")
+        return features

@@ -1,0 +1,38 @@
+"""Retrieval with any number of captions an image, as for Flickr8k, Flickr30k and COCO (Karpathy and Fei-Fei, 2015)."""
+
+import torch
+from torch import Tensor
+
+from openclip_otco.evaluate.ranks import Similarity, cosine, ranks
+
+KS = (1, 5, 10)
+
+
+def retrieval(
+    image_features: Tensor, text_features: Tensor, text_image: Tensor, similarity: Similarity = cosine
+) -> dict[str, float]:
+    """Recall at 1, 5 and 10 both ways, and mean and median rank, under OpenCLIP's names.
+
+    Image to text, a hit is any of the image's captions among the first K; text to image, every caption is a query.
+
+    Args:
+        image_features: `(n, d)`, unit norm.
+        text_features: `(m, d)`, unit norm.
+        text_image: `(m,)`, the image of each text, 0 to n - 1; every image has a text.
+        similarity: gives rows of the similarity matrix, queries first.
+
+    Returns:
+        Recalls in 0 to 1, ranks counted from 1; `rsum`, the sum of the six recalls in percent, 0 to 600; `images` n and
+        `texts` m.
+    """
+    numbers = torch.arange(len(image_features))
+    found = {
+        "image_to_text": ranks(image_features, text_features, numbers, text_image, similarity),
+        "text_to_image": ranks(text_features, image_features, text_image, numbers, similarity),
+    }
+    metrics = {f"{way}_R@{k}": (rank < k).double().mean().item() for way, rank in found.items() for k in KS}
+    rsum = 100 * sum(metrics.values())
+    for way, rank in found.items():
+        metrics[f"{way}_mean_rank"] = rank.double().mean().item() + 1
+        metrics[f"{way}_median_rank"] = rank.median().item() + 1.0
+    return {**metrics, "rsum": rsum, "images": len(image_features), "texts": len(text_features)}

@@ -1,0 +1,165 @@
+"""Samples of WebDataset shards: an image, its captions, and its class where it has one."""
+
+import functools
+import json
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from braceexpand import braceexpand
+
+from openclip_otco.evaluate import EvaluationError
+
+# OpenCLIP's, in its order of preference.
+IMAGE_TYPES = ("jpg", "png", "jpeg", "webp")
+_BROKEN = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image, preprocessed, with its captions (none in a set for classification) and its class, counted from 0."""
+
+    key: str
+    image: Any
+    captions: list[str]
+    label: int | None
+
+
+def shards(data: str) -> list[str]:
+    """The shards that `data` names: brace ranges, and sources parted by `::`, as in OpenCLIP's `--val-data`.
+
+    Raises:
+        EvaluationError: a local shard is missing.
+    """
+    found = [shard for source in data.split("::") for shard in braceexpand(source)]
+    missing = [shard for shard in found if _is_local(shard) and not Path(shard).is_file()]
+    if missing:
+        raise EvaluationError(f"--data {data}: {len(missing)} of {len(found)} shards do not exist, first {missing[0]}")
+    return found
+
+
+def captions(sample: Mapping[str, bytes]) -> list[str]:
+    """All captions of a sample whose files are given by type: `captions` in the `json`, else the lines of each `txt`.
+
+    Captions on lines of their own are how clip-benchmark writes its shards for retrieval; `KEY.0.txt` and so on are
+    read as well.
+
+    Raises:
+        ValueError: no JSON, `captions` that are no list of texts, or bytes that are no UTF-8.
+    """
+    facts = json.loads(sample["json"]) if "json" in sample else None
+    if isinstance(facts, dict) and "captions" in facts:
+        listed = facts["captions"]
+        if not isinstance(listed, list) or not all(isinstance(caption, str) for caption in listed):
+            raise ValueError("`captions` in its .json is no list of texts")
+        return listed
+    texts = [sample[kind].decode() for kind in sorted(sample) if kind == "txt" or kind.endswith(".txt")]
+    return [line.strip() for text in texts for line in text.splitlines() if line.strip()]
+
+
+@functools.cache
+def several_captions(data: str) -> bool:
+    """Whether images have more than one caption each in the local shards of `data`, as the first sample tells."""
+    try:
+        path = next(filter(_is_local, shards(data)))
+        with tarfile.open(path) as tar:
+            return len(captions(_first_sample(tar))) > 1
+    except (StopIteration, *_BROKEN):
+        return False
+
+
+def images(data: str) -> int | None:
+    """Number of images in `data`, or None where a shard is not local.
+
+    Raises:
+        EvaluationError: a shard is missing or no tar file.
+    """
+    total = 0
+    for shard in shards(data):
+        if not _is_local(shard):
+            return None
+        try:
+            with tarfile.open(shard) as tar:
+                total += sum(_kind(member.name) in IMAGE_TYPES for member in tar)
+        except _BROKEN as error:
+            raise EvaluationError(f"--data {data}: {shard} is no readable tar file ({_last_line(error)})") from error
+    return total
+
+
+def batches(data: str, preprocess: Callable[[Any], Any], size: int, workers: int) -> Iterator[list[Sample]]:
+    """The samples of `data`, `size` at a time, in the order of the shards where there is at most one worker.
+
+    Args:
+        data: shards, as OpenCLIP's `--val-data` names them.
+        preprocess: what OpenCLIP gives for validation, from a PIL image to a `(3, H, W)` tensor.
+        size: samples in a batch; the last may have fewer.
+        workers: processes that decode, 0 for none; more than there are shards would have nothing to do.
+
+    Raises:
+        EvaluationError: a shard or a sample cannot be read.
+    """
+    import webdataset as wds
+    from torch.utils.data import DataLoader
+
+    paths = shards(data)
+    pipeline = wds.DataPipeline(
+        wds.SimpleShardList(paths),
+        wds.split_by_worker,
+        wds.tarfile_to_samples(),
+        wds.map(functools.partial(_sample, preprocess=preprocess)),
+    )
+    loader = DataLoader(pipeline, batch_size=size, num_workers=min(workers, len(paths)), collate_fn=list)
+    try:
+        yield from loader
+    except Exception as error:  # of the decoders, which have no common base, and through a worker as text
+        raise EvaluationError(f"--data {data}: {_last_line(error)}") from error
+
+
+def _sample(files: dict[str, Any], preprocess: Callable[[Any], Any]) -> Sample:
+    from webdataset.autodecode import imagehandler
+
+    name = f"{files['__key__']} of {files['__url__']}"
+    kind = next((kind for kind in IMAGE_TYPES if kind in files), None)
+    if kind is None:
+        raise ValueError(f"sample {name} has no image ({', '.join(IMAGE_TYPES)})")
+    try:
+        image = preprocess(imagehandler("pilrgb")(kind, files[kind]))
+        label = int(files["cls"]) if "cls" in files else None
+        texts = captions({kind: content for kind, content in files.items() if isinstance(content, bytes)})
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"sample {name} cannot be read: {_last_line(error)}") from error
+    return Sample(files["__key__"], image, texts, label)
+
+
+def _first_sample(tar: tarfile.TarFile) -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
+    first = None
+    for member in tar:
+        stream = tar.extractfile(member)
+        if stream is None:
+            continue
+        name = member.name.removesuffix(f".{_kind(member.name)}")
+        first = first or name
+        if name != first:
+            break
+        files[_kind(member.name)] = stream.read()
+    return files
+
+
+def _kind(name: str) -> str:
+    """All after the first dot of the file's name: webdataset's rule for where the key ends."""
+    return name.rpartition("/")[2].partition(".")[2].lower()
+
+
+def _is_local(shard: str) -> bool:
+    return not shard.startswith("pipe:") and not urlparse(shard).scheme
+
+
+def _last_line(error: Exception) -> str:
+    """The message alone: what comes out of a worker has its traceback before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
