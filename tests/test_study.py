@@ -1,6 +1,7 @@
 """`compare`: studies, runs that resume, results, tables and figures; OpenCLIP itself is played by a script."""
 
 import argparse
+import asyncio
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
 import time
 from pathlib import Path
@@ -17,9 +19,12 @@ import pytest
 from scipy import stats
 from webdataset.shardlists import expand_urls
 
-from openclip_otco.study import compare, log, progress, results, shards, table
+from openclip_otco.evaluate.samples import several_captions
+from openclip_otco.study import child, compare, figure, log, progress, results, shards, table
+from openclip_otco.study import run as study_run
+from openclip_otco.study.mismatch import mismatch
 from openclip_otco.study.run import RunFailed, runs
-from openclip_otco.study.study import StudyError, load
+from openclip_otco.study.study import DataSetting, StudyError, load
 
 # Logs and writes as open_clip_train.main does; the environment tells it to fail or to hang in certain runs.
 FAKE_TRAINER = """
@@ -38,6 +43,13 @@ if (folder / "out.log").exists():
     sys.exit(0)
 (folder / "checkpoints").mkdir(parents=True)
 (folder / "out.log").touch()
+(folder / "threads").write_text(os.environ.get("OMP_NUM_THREADS", "unset"))
+if args.name in (names := os.environ.get("FAKE_MEET", "").split()):
+    deadline = time.monotonic() + 30
+    while not all((Path(args.logs) / name / "out.log").exists() for name in names):
+        if time.monotonic() > deadline:
+            sys.exit("the others did not come")
+        time.sleep(0.02)
 print("2026-01-01,00:00:00 | INFO | Running with a single process. Device cpu.", file=sys.stderr)
 for epoch in range(int(args.epochs)):
     for step in (1, 6, 10):
@@ -64,6 +76,7 @@ for epoch in range(int(args.epochs)):
           + "\\t".join(f"{k}: {round(v, 4):.4f}" for k, v in metrics.items()), file=sys.stderr, flush=True)
     with open(folder / "checkpoints" / "results.jsonl", "a+") as file:
         file.write(json.dumps(metrics) + "\\n")
+(folder / "checkpoints" / f"epoch_{args.epochs}.pt").touch()
 """
 
 STUDY = """
@@ -93,11 +106,21 @@ otco-confidence = 1.0
 ONE_SEED = STUDY.replace("[0, 1, 2]", "[0]")
 
 
+DRAW = figure.draw
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     (tmp_path / "trainer.py").write_text(FAKE_TRAINER)
     monkeypatch.chdir(tmp_path)
+    # Pictures take most of a test's time, and few tests look at them.
+    monkeypatch.setattr(figure, "draw", lambda study, found, folder: [])
     return tmp_path
+
+
+@pytest.fixture
+def drawn(home, monkeypatch):
+    monkeypatch.setattr(figure, "draw", DRAW)
 
 
 def arguments(*words):
@@ -115,6 +138,40 @@ def calls():
     return Path("runs/small/runs/calls.txt").read_text().split()
 
 
+def compare_in_a_process(*words, **environment):
+    script = textwrap.dedent("""
+        import argparse, sys
+        from openclip_otco.study import compare
+        parser = argparse.ArgumentParser()
+        compare.add_arguments(parser)
+        sys.exit(compare.run(parser.parse_args(), trainer=("trainer.py",)))
+    """)
+    return subprocess.Popen(
+        [sys.executable, "-c", script, "study.toml", *words],
+        env={**os.environ, **environment},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def hanging(process, name):
+    """The process number of a run that hangs, once it does."""
+    pid = Path("runs/small/runs") / name / "pid"
+    deadline = time.monotonic() + 30
+    while not (pid.is_file() and pid.read_text()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return int(pid.read_text())
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def finished(name):
     return Path("runs/small/runs") / name / "finished.json"
 
@@ -129,7 +186,7 @@ def expected_recalls(loss, seed, epoch):
 # --- the cross ---------------------------------------------------------------------------------------------------
 
 
-def test_whole_study(home, capsys):
+def test_whole_study(home, drawn, capsys):
     assert run(STUDY) == 0
     out, err = capsys.readouterr()
     assert calls() == [f"clean--{loss}--s{seed}" for seed in range(3) for loss in ("clip", "otco")]
@@ -146,16 +203,18 @@ def test_whole_study(home, capsys):
         assert result.seconds_per_step == pytest.approx((3 * (5 * 0.6 + 4 * 1.0) + 2 * 0.1) / 29)
         assert str(home) not in json.dumps(result.flags)
     assert "clean--otco--s1: rsum" in err
-    written = [home / "runs/small" / name for name in ("table.md", "rsum.png", "rsum.svg")]
-    assert out.splitlines()[-3:] == [str(path.relative_to(home)) for path in written]
+    pictures = [f"{name}.{ending}" for name in ("rsum", "recalls", "cost") for ending in ("png", "svg")]
+    written = [home / "runs/small" / name for name in ("table.md", *pictures)]
+    assert out.splitlines()[-7:] == [str(path.relative_to(home)) for path in written]
     page = written[0].read_text()
     assert out.startswith(page)
     assert str(home) not in page
     assert "A note." in page
     assert "`openclip-otco compare study.toml`" in page
-    assert written[1].read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in written[2].read_text()
-    assert str(home) not in written[2].read_text()
+    for png, svg in (written[1:3], written[3:5], written[5:7]):
+        assert png.read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in svg.read_text()
+        assert str(home) not in svg.read_text()
 
 
 def test_command_line(home):
@@ -244,42 +303,261 @@ def test_exit_code_0_without_the_last_epoch_is_a_failure(home, monkeypatch):
     monkeypatch.setenv("FAKE_CUT", "clean--clip--s0")
     Path("study.toml").write_text(ONE_SEED)
     with pytest.raises(RunFailed, match="no retrieval results"):
-        runs(load("study.toml"), Path("out"))[0].execute(lambda line: None, ("trainer.py",))
+        asyncio.run(runs(load("study.toml"), Path("out"))[0].execute(lambda line: None, ("trainer.py",)))
     assert run(ONE_SEED) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_kill_leaves_a_state_that_resumes(home, number):
     Path("study.toml").write_text(ONE_SEED)
-    script = textwrap.dedent("""
-        import argparse, sys
-        from openclip_otco.study import compare
-        parser = argparse.ArgumentParser()
-        compare.add_arguments(parser)
-        sys.exit(compare.run(parser.parse_args(["study.toml"]), trainer=("trainer.py",)))
-    """)
-    pid = Path("runs/small/runs/clean--otco--s0/pid")
-    with subprocess.Popen(
-        [sys.executable, "-c", script],
-        env={**os.environ, "FAKE_HANG": "clean--otco--s0"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        deadline = time.monotonic() + 30
-        while not (pid.is_file() and pid.read_text()) and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
+    with compare_in_a_process(FAKE_HANG="clean--otco--s0") as process:
+        pid = hanging(process, "clean--otco--s0")
         process.send_signal(number)
         _, err = process.communicate(timeout=30)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid.read_text()), 0)
+    assert not is_alive(pid)
     assert finished("clean--clip--s0").exists()
     assert not finished("clean--otco--s0").exists()
     assert len(results.read(Path("runs/small/results.jsonl"))) == 1
     assert run(ONE_SEED) == 0
     assert calls() == ["clean--clip--s0", "clean--otco--s0", "clean--otco--s0"]
+
+
+def test_a_warning_names_runs_of_other_versions(home, monkeypatch, capsys):
+    now = results.versions()
+    monkeypatch.setattr(results, "versions", lambda: {**now, "torch": "1.0"})
+    assert run(ONE_SEED) == 0
+    assert "warning" not in capsys.readouterr().err
+    monkeypatch.setattr(results, "versions", lambda: now)
+    assert run(ONE_SEED.replace("[0]", "[0, 1]")) == 0
+    expected = f"2 of the kept runs were made with torch 1.0 (now {now['torch']}): clean--clip--s0, clean--otco--s0"
+    assert [line for line in capsys.readouterr().err.splitlines() if "warning" in line] == [f"warning: {expected}"]
+
+
+# --- several at once -----------------------------------------------------------------------------------------------
+
+
+def test_jobs_run_at_once_and_share_the_cores(home, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(7), raising=False)
+    names = [f"clean--{loss}--s{seed}" for seed in range(3) for loss in ("clip", "otco")]
+    monkeypatch.setenv("FAKE_MEET", " ".join(names[:3]))  # each waits for the others
+    assert run(STUDY, "--jobs", "3") == 0
+    assert {(Path("runs/small/runs") / name / "threads").read_text() for name in names} == {"2"}
+    assert [result.run for result in results.read(Path("runs/small/results.jsonl"))] == names
+
+
+@pytest.mark.parametrize(("given", "jobs", "expected"), [("5", "2", "5"), (None, "1", "unset")])
+def test_threads_are_left_alone(home, monkeypatch, given, jobs, expected):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert run(ONE_SEED, "--jobs", jobs) == 0
+    assert Path("runs/small/runs/clean--clip--s0/threads").read_text() == expected
+
+
+def test_a_failing_job_does_not_stop_the_others(home, monkeypatch, capsys):
+    monkeypatch.setenv("FAKE_FAIL", "clean--clip--s0 clean--otco--s1")
+    assert run(STUDY, "--jobs", "2") == 1
+    assert len(results.read(Path("runs/small/results.jsonl"))) == 4
+    err = capsys.readouterr().err
+    assert err.count("failed: exit code 3") == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_kill_stops_all_jobs(home, number):
+    Path("study.toml").write_text(STUDY)
+    names = ["clean--clip--s0", "clean--otco--s0"]
+    with compare_in_a_process("--jobs", "2", FAKE_HANG=" ".join(names)) as process:
+        pids = [hanging(process, name) for name in names]
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert not any(map(is_alive, pids))
+    assert sorted(calls()) == names
+
+
+def test_no_jobs(home, capsys):
+    with pytest.raises(SystemExit):
+        run(STUDY, "--jobs", "0")
+    assert "--jobs: must be 1 or more" in capsys.readouterr().err
+
+
+def test_a_folder_has_one_compare(home, capsys):
+    Path("study.toml").write_text(ONE_SEED)
+    with compare_in_a_process(FAKE_HANG="clean--clip--s0") as process:
+        pid = hanging(process, "clean--clip--s0")
+        assert run(ONE_SEED) == 2
+        err = capsys.readouterr().err
+        assert f"runs/small: is in use by another `compare` (process {process.pid})" in err
+        assert len(err.splitlines()) == 1
+        process.kill()
+        process.communicate(timeout=30)
+        # The training outlives its parent and would still write there.
+        assert is_alive(pid)
+        assert run(ONE_SEED) == 2
+        os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while (code := run(ONE_SEED)) == 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert code == 0
+    assert calls() == ["clean--clip--s0", "clean--clip--s0", "clean--otco--s0"]
+
+
+CHILD = """
+import subprocess, sys, time
+below = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+sys.stdout.buffer.write(b"one\\rtwo\\r\\nthr\\xc3")
+sys.stdout.buffer.flush()
+time.sleep(0.2)
+sys.stdout.buffer.write(b"\\xa9e" + b"x" * 200_000 + b"\\xff\\n" + str(below.pid).encode() + b"\\n")
+sys.stdout.buffer.flush()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("deaf", ["", "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"])
+def test_a_child_is_followed_line_by_line_and_stopped_with_its_own(tmp_path, monkeypatch, deaf):
+    monkeypatch.setattr(child, "_SECONDS_TO_STOP", 0.5)
+    lines = []
+
+    class Enough(Exception):
+        pass
+
+    def watch(line):
+        lines.append(line)
+        if len(lines) == 4:
+            raise Enough
+
+    command = [sys.executable, "-c", f"{deaf}\n{CHILD}"]
+    with pytest.raises(Enough):
+        asyncio.run(child.Launcher().run(command, tmp_path / "log", watch))
+    assert lines[:3] == ["one\n", "two\n", f"thr\u00e9e{'x' * 200_000}\ufffd\n"]
+    assert (tmp_path / "log").read_text().splitlines() == [line.rstrip("\n") for line in lines]
+    deadline = time.monotonic() + 10
+    while is_running(int(lines[3])) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_running(int(lines[3]))
+
+
+def is_running(pid):
+    """Alive, and no orphan that merely waits for an init which a container may lack."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# --- several captions an image -------------------------------------------------------------------------------------
+
+CAPTIONED = ONE_SEED.replace('train-data = "train.csv"', 'train-data = "train.csv"\nval-data = "val.tar"')
+FAKE_EVALUATE = """
+import json, os, sys
+from pathlib import Path
+
+checkpoint, data, out = sys.argv[1:]
+with open("evaluate-calls.txt", "a") as calls:
+    print(checkpoint, data, file=calls)
+if os.environ.get("FAKE_NO_EVALUATION"):
+    sys.exit("no evaluation today")
+assert Path(checkpoint).is_file()
+quality = 0.5 if "otco" in checkpoint else 0.25
+recalls = {f"{way}_R@{k}": quality + 0.01 * k for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+Path(out).write_text(json.dumps({"retrieval": {**recalls, "images": 2, "texts": 10}}))
+"""
+
+
+def write_captions(path, captions):
+    with tarfile.open(path, "w") as tar:
+        for key in ("a", "b"):
+            for kind, content in (("jpg", b""), ("json", json.dumps({"captions": captions}).encode())):
+                member = tarfile.TarInfo(f"{key}.{kind}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def captioned(home, monkeypatch):
+    Path("evaluate.py").write_text(FAKE_EVALUATE)
+    write_captions("val.tar", ["one"] * 5)
+    several_captions.cache_clear()
+    command = [sys.executable, "evaluate.py"]
+    monkeypatch.setattr(
+        study_run, "evaluate_command", lambda checkpoint, data, out: [*command, str(checkpoint), data, str(out)]
+    )
+    yield Path("evaluate-calls.txt")
+    several_captions.cache_clear()
+
+
+def test_evaluate_command(home):
+    words = study_run.evaluate_command(Path("a/epoch_3.pt"), "val.tar", Path("a/found.json"))
+    assert words[1:] == [
+        "-m",
+        "openclip_otco.cli",
+        "evaluate",
+        "a/epoch_3.pt",
+        "--data",
+        "val.tar",
+        "--out",
+        "a/found.json",
+    ]
+
+
+def test_images_with_several_captions_are_evaluated(captioned):
+    assert run(CAPTIONED) == 0
+    folder = "runs/small/runs/clean--{}--s0/checkpoints/epoch_3.pt val.tar"
+    assert captioned.read_text().splitlines() == [folder.format(loss) for loss in ("clip", "otco")]
+    kept = results.read(Path("runs/small/results.jsonl"))
+    assert [result.retrieval["image_to_text_R@5"] for result in kept] == [0.3, 0.55]
+    page = Path("runs/small/table.md").read_text()
+    assert "`openclip-otco evaluate`, 5 captions an image" in page
+    row, against = cells(page, "clean", "otco")
+    assert row[1:8] == ["51.0", "55.0", "60.0", "51.0", "55.0", "60.0", "332.0"]
+    assert row[8] == f"{kept[1].rsum_last:.1f}"
+    assert against[:2] == [f"{332 / 182:.3f}", "+150.0"]
+    assert against[2:4] == [
+        f"{kept[1].rsum_last / kept[0].rsum_last:.3f}",
+        f"{kept[1].rsum_last - kept[0].rsum_last:+.1f}",
+    ]
+    assert run(CAPTIONED) == 0
+    assert len(captioned.read_text().splitlines()) == 2
+
+
+def test_a_failed_evaluation_keeps_the_training(captioned, monkeypatch, capsys):
+    monkeypatch.setenv("FAKE_NO_EVALUATION", "1")
+    assert run(CAPTIONED) == 1
+    assert "clean--clip--s0 failed: evaluate: exit code 1; its output ends with\n  no evaluation today" in (
+        capsys.readouterr().err
+    )
+    monkeypatch.delenv("FAKE_NO_EVALUATION")
+    assert run(CAPTIONED) == 0
+    assert len(calls()) == 2
+    assert all(result.retrieval for result in results.read(Path("runs/small/results.jsonl")))
+
+
+def test_results_without_evaluation_are_readable_and_completed(captioned):
+    assert run(CAPTIONED) == 0
+    for marker in map(finished, ("clean--clip--s0", "clean--otco--s0")):
+        old = json.loads(marker.read_text())
+        del old["retrieval"]  # as before there was an evaluation
+        marker.write_text(json.dumps(old))
+    checkpoint = Path("runs/small/runs/clean--otco--s0/checkpoints/epoch_3.pt")
+    checkpoint.unlink()
+    assert run(CAPTIONED) == 0
+    assert len(calls()) == 2
+    kept = results.read(Path("runs/small/results.jsonl"))
+    # What has lost its checkpoint stays as it is, and then the table compares what all runs have.
+    assert [result.retrieval is None for result in kept] == [False, True]
+    assert "all captions" not in Path("runs/small/table.md").read_text()
+
+
+def test_one_caption_an_image_is_not_evaluated(captioned):
+    write_captions("val.tar", ["one"])
+    assert run(CAPTIONED) == 0
+    assert not captioned.exists()
+    assert "all captions" not in Path("runs/small/table.md").read_text()
 
 
 def test_table_only(home, capsys):
@@ -304,8 +582,10 @@ def cells(page, data, loss):
 
 
 def with_interval(values, form=".1f"):
+    """Mean and half-width; of a difference (a sign) in bold where the interval excludes zero."""
     low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
-    return f"{np.mean(values):{form}} ± {(high - low) / 2:{form.lstrip('+')}}"
+    text = f"{np.mean(values):{form}} ± {(high - low) / 2:{form.lstrip('+')}}"
+    return f"**{text}**" if "+" in form and not low <= 0 <= high else text
 
 
 def test_table_against_numpy_and_scipy(home):
@@ -327,6 +607,7 @@ def test_table_against_numpy_and_scipy(home):
     assert ratio == f"{sums['otco'][:, -1].mean() / sums['clip'][:, -1].mean():.3f}"
     assert last == with_interval(sums["otco"][:, -1] - sums["clip"][:, -1], "+.1f")
     assert best == with_interval(sums["otco"].max(axis=1) - sums["clip"].max(axis=1), "+.1f")
+    assert "bold where the 95 % interval excludes 0" in page
     assert len(cells(page, "clean", "clip")) == 1
 
 
@@ -345,7 +626,7 @@ def test_pairs_need_the_same_seed(home, monkeypatch):
     assert against[1] == f"{difference:+.1f}"
 
 
-def test_baseline_that_failed(home, monkeypatch):
+def test_baseline_that_failed(home, drawn, monkeypatch):
     monkeypatch.setenv("FAKE_FAIL", "clean--clip--s0")
     assert run(ONE_SEED) == 1
     page = Path("runs/small/table.md").read_text()
@@ -359,11 +640,58 @@ def test_interval():
     assert (mean, half) == (2.0, pytest.approx(12.706, abs=1e-3))
 
 
-def test_the_same_results_give_the_same_svg(home):
+def test_the_same_results_give_the_same_svg(home, drawn):
     assert run(ONE_SEED) == 0
     first = Path("runs/small/rsum.svg").read_bytes()
     assert run(ONE_SEED, "--table-only") == 0
     assert Path("runs/small/rsum.svg").read_bytes() == first
+
+
+NOISE = STUDY.replace(
+    '[data.clean]\ntrain-data = "train.csv"',
+    "".join(f'[data.{name}]\ntrain-data = "train.csv"\n' for name in ("clean", "mismatch-40", "mismatch-60")),
+)
+
+
+def test_share_of_the_baseline_on_clean_data(home, monkeypatch):
+    assert run(NOISE) == 0
+    page = Path("runs/small/table.md").read_text()
+    assert "% of clip on clean" in page
+    clip, otco = (np.mean([expected_recalls(loss, seed, 2).sum() for seed in range(3)]) for loss in ("clip", "otco"))
+    for data in ("clean", "mismatch-40", "mismatch-60"):
+        assert cells(page, data, "clip")[0][8] == "100.0"
+        assert cells(page, data, "otco")[0][8] == f"{100 * otco / clip:.1f}"
+
+
+def test_pictures_are_drawn_where_there_is_what_they_show(home, drawn):
+    def pictures():
+        return {path.stem for path in Path("runs/small").glob("*.svg")}
+
+    assert run(NOISE) == 0
+    assert pictures() == {"rsum", "recalls", "noise", "cost"}
+    noise = Path("runs/small/noise.svg").read_text()
+    assert Path("runs/small/noise.png").is_file()
+    assert run(STUDY) == 0
+    assert pictures() == {"rsum", "recalls", "cost"}
+    assert run(STUDY.replace('[loss.otco]\nloss = "otco"\notco-confidence = 1.0\n', "")) == 0
+    assert pictures() == {"rsum", "recalls"}
+    assert run(NOISE) == 0
+    assert Path("runs/small/noise.svg").read_text() == noise
+
+
+@pytest.mark.parametrize(
+    ("setting", "share"),
+    [
+        (DataSetting("any", {"mismatch": 0.4}, {}), 0.4),
+        (DataSetting("mismatch-20", {"seed": 1}, {}), 0),
+        (DataSetting("clean", None, {}), 0),
+        (DataSetting("mismatch-20", None, {}), 0.2),
+        (DataSetting("mismatch-200", None, {}), None),
+        (DataSetting("clean-small", None, {}), None),
+    ],
+)
+def test_mismatch(setting, share):
+    assert mismatch(setting) == share
 
 
 # --- log lines ---------------------------------------------------------------------------------------------------
@@ -444,9 +772,9 @@ def test_progress_shows_run_share_time_left_and_rsum(home, monkeypatch, stream):
     first, second = runs(load("study.toml"), Path("out"))
     shown = progress.Progress([first, second], stream)
     shown.start(first)
-    shown.watch(f"{HEAD}Train Epoch: 2 [1280/1280 (100%)] Data (t): 0.1 Batch (t): 0.5, 1/s, 1/s/gpu {TAIL}")
+    shown.watch(first, f"{HEAD}Train Epoch: 2 [1280/1280 (100%)] Data (t): 0.1 Batch (t): 0.5, 1/s, 1/s/gpu {TAIL}")
     recalls = "\t".join(f"{recall}: 0.5000" for recall in log.RECALLS)
-    shown.watch(f"{HEAD}Eval Epoch: 3 {recalls}")
+    shown.watch(first, f"{HEAD}Eval Epoch: 3 {recalls}")
     text = stream.getvalue()
     # The second run's size is unknown and taken for that of the first: 3 of 6 epochs are done.
     assert "50%" in text
@@ -454,10 +782,32 @@ def test_progress_shows_run_share_time_left_and_rsum(home, monkeypatch, stream):
     assert "rsum 300.0" in text
     assert "clean--clip--s0" in text
     assert re.search(r"\d\d:\d\d left|<\d\d:\d\d", text)
-    shown.end("the first is done")
+    shown.end(first, "the first is done")
     shown.start(second)
     shown.close()
     assert "the first is done" in stream.getvalue()
+
+
+def test_progress_of_several_runs(home, monkeypatch):
+    monkeypatch.setattr(progress, "_PLAIN_SECONDS", 0)
+    Path("study.toml").write_text(STUDY)
+    cross, stream = runs(load("study.toml"), Path("out"))[:4], io.StringIO()
+    shown = progress.Progress(cross, stream)
+    for each in cross[:3]:
+        shown.start(each)
+    line = f"{HEAD}Train Epoch: {{}} [1280/1280 (100%)] Data (t): 0.1 Batch (t): 0.5, 1/s, 1/s/gpu {TAIL}"
+    shown.watch(cross[0], line.format(1))
+    assert "17% of 15.4k" in (last := stream.getvalue().splitlines()[-1])
+    assert "clean--clip--s0 and 2 more" in last
+    shown.watch(cross[1], line.format(2))
+    assert "42% of 15.4k" in (last := stream.getvalue().splitlines()[-1])
+    assert "clean--otco--s0 and 2 more" in last
+    # What has failed leaves nothing more to do, and what had been done of it stays done.
+    shown.end(cross[0], "failed")
+    assert "45% of 14.1k" in stream.getvalue().splitlines()[-2]
+    shown.watch(cross[2], line.format(2))
+    assert "73% of 14.1k" in (last := stream.getvalue().splitlines()[-1])
+    assert "clean--clip--s1 and 1 more" in last
 
 
 def test_plain_progress_is_rare(home):
@@ -467,7 +817,8 @@ def test_plain_progress_is_rare(home):
     shown = progress.Progress(cross, stream)
     shown.start(cross[0])
     for samples in range(128, 1281, 128):
-        shown.watch(f"{HEAD}Train Epoch: 0 [{samples}/1280 (10%)] Data (t): 0.1 Batch (t): 0.5, 1/s, 1/s/gpu {TAIL}")
+        line = f"{HEAD}Train Epoch: 0 [{samples}/1280 (10%)] Data (t): 0.1 Batch (t): 0.5, 1/s, 1/s/gpu {TAIL}"
+        shown.watch(cross[0], line)
     assert stream.getvalue() == ""
 
 
@@ -638,6 +989,12 @@ def test_damaged_results_name_the_line(tmp_path):
     (tmp_path / "results.jsonl").write_text('{"run": "a"}\n')
     with pytest.raises(StudyError, match="line 1 is no result"):
         results.read(tmp_path / "results.jsonl")
+
+
+def test_results_of_before_are_readable():
+    kept = results.read(Path(__file__).parents[1] / "docs/results/scenes.jsonl")
+    assert len(kept) == 12
+    assert not results.standard(kept)
 
 
 def test_report_names_no_folders(home):

@@ -1,4 +1,4 @@
-"""The picture of a study: validation rsum over epochs, a panel per data setting, a line per loss."""
+"""The pictures of a study, each as PNG and SVG: learning curves, recalls, noise against rsum, cost against quality."""
 
 import statistics
 from collections.abc import Sequence
@@ -10,43 +10,65 @@ import matplotlib
 matplotlib.use("Agg")  # No display is needed, and none may be there.
 
 from matplotlib import pyplot
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from openclip_otco.study.results import Result
+from openclip_otco.study.mismatch import mismatch
+from openclip_otco.study.results import Result, standard
 from openclip_otco.study.study import Study
-from openclip_otco.study.table import cell
+from openclip_otco.study.table import cell, final_recalls, final_rsum, interval
 
 # Okabe and Ito's colours, told apart under colour blindness; dashes and markers tell them apart in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _DASHES = ("-", "--", "-.", ":")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# As many markers as have no divisor in common with the colours: no two of 63 losses look the same.
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
+_IN_TRAINING = "validation rsum (sum of six recalls, %)"
 
 
-def draw(study: Study, results: Sequence[Result], stem: Path) -> list[Path]:
-    """Write `stem.png` and `stem.svg`, and return their paths; thin lines are single seeds, thick ones their mean."""
-    panels = len(study.data)
-    figure, axes = pyplot.subplots(
-        1, panels, figsize=(1 + 4.5 * panels, 4), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, data in zip(axes[0], study.data, strict=True):
+def draw(study: Study, results: Sequence[Result], folder: Path) -> list[Path]:
+    """Write those pictures into `folder` that `results` have the numbers for, and return their paths.
+
+    `rsum`: validation rsum over epochs; thin lines are single seeds, thick ones their mean. `recalls`: the six recalls
+    after the last epoch. `noise`: rsum over the share of mismatched captions, where settings differ in it. `cost`: rsum
+    over the seconds per step, where two losses or more have them. Whiskers are 95 % intervals over seeds.
+    """
+    figures = {
+        "rsum": _learning_curves(study, results),
+        "recalls": _recalls(study, results),
+        "noise": _noise(study, results),
+        "cost": _cost(study, results),
+    }
+    paths = []
+    # Without date and random ids the same results give the same SVG.
+    with matplotlib.rc_context({"svg.hashsalt": study.name}):
+        for name, figure in figures.items():
+            for ending in ("png", "svg"):
+                path = folder / f"{name}.{ending}"
+                if figure is None:
+                    path.unlink(missing_ok=True)  # of an earlier state of the study
+                    continue
+                figure.savefig(path, dpi=150, metadata={"Date": None} if ending == "svg" else None)
+                paths.append(path)
+            if figure is not None:
+                pyplot.close(figure)
+    return paths
+
+
+def _learning_curves(study: Study, results: Sequence[Result]) -> Any:
+    figure, axes = _panels(study)
+    for axis, data in zip(axes, study.data, strict=True):
         for index, loss in enumerate(study.losses):
-            _curves(axis, cell(results, data.name, loss.name), index, f"{loss.name}")
+            _curves(axis, cell(results, data.name, loss.name), index, loss.name)
         axis.set_title(data.name)
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         if axis.has_data():
             axis.legend(title="loss")
-    axes[0][0].set_ylabel("validation rsum (sum of six recalls, %)")
-    seeds = "one seed" if len(study.seeds) == 1 else f"mean of {len(study.seeds)} seeds"
-    figure.suptitle(f"Retrieval during training: study {study.name}, {seeds}")
-    paths = [stem.with_name(f"{stem.name}.{ending}") for ending in ("png", "svg")]
-    # Without date and random ids the same results give the same SVG.
-    with matplotlib.rc_context({"svg.hashsalt": study.name}):
-        for path in paths:
-            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-    pyplot.close(figure)
-    return paths
+    axes[0].set_ylabel(_IN_TRAINING)
+    figure.suptitle(f"Retrieval during training: study {study.name}, {_seeds(study)}")
+    return figure
 
 
 def _curves(axis: Any, runs: Sequence[Result], index: int, label: str) -> None:
@@ -62,3 +84,127 @@ def _curves(axis: Any, runs: Sequence[Result], index: int, label: str) -> None:
     means = [statistics.fmean(curve[epoch] for curve in curves) for epoch in epochs]
     marker = _MARKERS[index % len(_MARKERS)]
     axis.plot(epochs, means, color=colour, linestyle=dash, marker=marker, markersize=4, linewidth=1.8, label=label)
+
+
+def _recalls(study: Study, results: Sequence[Result]) -> Any:
+    whole = standard(results)
+    figure, axes = _panels(study, width=5.5)
+    heads = [f"{way}\nR@{k}" for way in ("I→T", "T→I") for k in (1, 5, 10)]
+    width = 0.8 / len(study.losses)
+    for axis, data in zip(axes, study.data, strict=True):
+        for index, loss in enumerate(study.losses):
+            runs = cell(results, data.name, loss.name)
+            if not runs:
+                continue
+            spreads = [interval(values) for values in zip(*(final_recalls(run, whole) for run in runs), strict=True)]
+            places = [group + (index - (len(study.losses) - 1) / 2) * width for group in range(len(heads))]
+            axis.bar(
+                places,
+                [mean for mean, _ in spreads],
+                width,
+                yerr=None if len(runs) == 1 else [half for _, half in spreads],
+                color=_COLOURS[index % len(_COLOURS)],
+                hatch=("", "//", "..", "xx")[index % 4],
+                edgecolor="white",
+                error_kw={"elinewidth": 1, "capsize": 2},
+                label=loss.name,
+            )
+        axis.set_xticks(range(len(heads)), heads)
+        axis.set_title(data.name)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3, axis="y")
+        axis.set_axisbelow(True)
+        if axis.has_data():
+            axis.legend(title="loss")
+    axes[0].set_ylabel("recall, %")
+    captions = "all captions" if whole else "one caption an image"
+    figure.suptitle(f"Retrieval after the last epoch, {captions}: study {study.name}, {_seeds(study)}")
+    return figure
+
+
+def _noise(study: Study, results: Sequence[Result]) -> Any:
+    """None unless settings differ in their share of mismatched captions."""
+    shares = {data.name: share for data in study.data if (share := mismatch(data)) is not None}
+    if len({shares[result.data] for result in results if result.data in shares}) < 2:
+        return None
+    figure, (axis,) = _panels(study, panels=1, width=5.5)
+    for index, loss in enumerate(study.losses):
+        cells = [(100 * share, cell(results, name, loss.name)) for name, share in shares.items()]
+        cells = sorted(((share, runs) for share, runs in cells if runs), key=lambda each: each[0])
+        style = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
+        for dash, of in (("-", "rsum_last"), ("--", "rsum_best")):
+            spreads = [interval([getattr(run, of) for run in runs]) for _, runs in cells]
+            axis.errorbar(
+                [share for share, _ in cells],
+                [mean for mean, _ in spreads],
+                [half or 0 for _, half in spreads],
+                linestyle=dash,
+                markersize=5,
+                capsize=3,
+                **style,
+            )
+    handles = [
+        Line2D([], [], color=_COLOURS[index % len(_COLOURS)], marker=_MARKERS[index % len(_MARKERS)], label=loss.name)
+        for index, loss in enumerate(study.losses)
+    ]
+    kinds = [
+        Line2D([], [], color="grey", linestyle=dash, label=of)
+        for dash, of in (("-", "last epoch"), ("--", "best epoch"))
+    ]
+    axis.legend(handles=[*handles, *kinds])
+    axis.set_xlabel("training captions of another image, %")
+    axis.set_ylabel(_IN_TRAINING)
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    figure.suptitle(f"Noise: study {study.name}, {_seeds(study)}")
+    return figure
+
+
+def _cost(study: Study, results: Sequence[Result]) -> Any:
+    """None unless two losses or more have a speed."""
+    timed = [result for result in results if result.seconds_per_step is not None]
+    if len({result.loss for result in timed}) < 2:
+        return None
+    whole = standard(timed)
+    figure, axes = _panels(study)
+    for axis, data in zip(axes, study.data, strict=True):
+        for index, loss in enumerate(study.losses):
+            runs = cell(timed, data.name, loss.name)
+            if not runs:
+                continue
+            seconds, beside = interval([run.seconds_per_step for run in runs if run.seconds_per_step is not None])
+            quality, above = interval([final_rsum(run, whole) for run in runs])
+            axis.errorbar(
+                seconds,
+                quality,
+                above,
+                beside,
+                color=_COLOURS[index % len(_COLOURS)],
+                marker=_MARKERS[index % len(_MARKERS)],
+                linestyle="none",
+                capsize=3,
+                label=loss.name,
+            )
+        axis.set_title(data.name)
+        axis.set_xlabel("seconds per optimizer step")
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        if axis.has_data():
+            axis.legend(title="loss")
+    axes[0].set_ylabel("rsum, all captions" if whole else _IN_TRAINING)
+    figure.suptitle(f"Cost and quality after the last epoch: study {study.name}, {_seeds(study)}")
+    return figure
+
+
+def _panels(study: Study, panels: int | None = None, width: float = 4.5) -> tuple[Any, Any]:
+    """A figure with a panel per data setting, or `panels`, side by side."""
+    panels = panels or len(study.data)
+    figure, axes = pyplot.subplots(
+        1, panels, figsize=(1 + width * panels, 4), sharey=True, squeeze=False, layout="constrained"
+    )
+    return figure, axes[0]
+
+
+def _seeds(study: Study) -> str:
+    return "one seed" if len(study.seeds) == 1 else f"mean of {len(study.seeds)} seeds"

@@ -16,16 +16,14 @@ _PLAIN = "{percentage:3.0f}% of {total_fmt} samples, {elapsed} gone, {remaining}
 
 
 class Progress:
-    """Counts training samples over `runs`; `watch` follows the output of the run that `start` named."""
+    """Counts training samples over `runs`, of which several may be at work at once; shows the one last heard of."""
 
     def __init__(self, runs: Sequence[Run], stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
-        self._runs = {run.name: run for run in runs}
-        self._samples = {run.name: run.samples_per_epoch and run.samples_per_epoch * run.epochs for run in runs}
-        self._done = dict.fromkeys(self._runs, 0)
+        self._samples = {run.name: _to_come(run) for run in runs}
+        self._done = dict.fromkeys(self._samples, 0)
         self._guess = max((samples for samples in self._samples.values() if samples), default=1)
-        self._name = ""
-        self._rsum: float | None = None
+        self._running: dict[str, float | None] = {}  # the last rsum of each run at work
         self._began = time.monotonic()
         self._printed = self._began
         self._bar: tqdm | None = None
@@ -36,26 +34,27 @@ class Progress:
             )
 
     def start(self, run: Run) -> None:
-        """The lines that follow come from `run`."""
-        self._name, self._rsum = run.name, None
-        self._show()
+        """`run` is at work."""
+        self._running[run.name] = None
+        self._show(run.name)
 
-    def watch(self, line: str) -> None:
-        """Follow a line of output of the present run."""
+    def watch(self, run: Run, line: str) -> None:
+        """Follow a line of output of `run`."""
         if (progress := log.train_line(line)) is not None:
             # What OpenCLIP counts is exact (it drops or repeats part of a batch), and new where nothing told the size.
-            self._samples[self._name] = self._guess = progress.samples_per_epoch * self._runs[self._name].epochs
-            self._done[self._name] = progress.epoch * progress.samples_per_epoch + progress.samples
+            self._samples[run.name] = self._guess = progress.samples_per_epoch * run.epochs
+            self._done[run.name] = progress.epoch * progress.samples_per_epoch + progress.samples
         elif (rsum := log.eval_rsum(line)) is not None:
-            self._rsum = rsum
+            self._running[run.name] = rsum
         else:
             return
-        self._show()
+        self._show(run.name)
 
-    def end(self, say: str) -> None:
-        """The present run has ended, finished or failed: nothing more of it is to come."""
-        self._samples[self._name] = self._done[self._name]
-        self._show()
+    def end(self, run: Run, say: str) -> None:
+        """`run` has ended, finished or failed: nothing more of it is to come."""
+        self._samples[run.name] = self._done[run.name]
+        self._show(run.name)
+        del self._running[run.name]
         self.say(say)
 
     def say(self, text: str) -> None:
@@ -70,13 +69,16 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def _show(self) -> None:
+    def _show(self, name: str) -> None:
         total = sum(self._guess if samples is None else samples for samples in self._samples.values())
         done = sum(self._done.values())
-        postfix = "" if self._rsum is None else f"rsum {self._rsum:.1f}"
+        rsum, others = self._running[name], len(self._running) - 1
+        postfix = "" if rsum is None else f"rsum {rsum:.1f}"
+        if others:
+            name = f"{name} and {others} more"
         if self._bar is not None:
             self._bar.n, self._bar.total = done, total
-            self._bar.set_description_str(self._name, refresh=False)
+            self._bar.set_description_str(name, refresh=False)
             self._bar.set_postfix_str(postfix, refresh=False)
             self._bar.refresh()
             return
@@ -84,9 +86,16 @@ class Progress:
         if done and now - self._printed >= _PLAIN_SECONDS:
             self._printed = now
             meter = tqdm.format_meter(
-                done, total, now - self._began, prefix=self._name, postfix=postfix, unit_scale=True, bar_format=_PLAIN
+                done, total, now - self._began, prefix=name, postfix=postfix, unit_scale=True, bar_format=_PLAIN
             )
             print(meter, file=self._stream, flush=True)
+
+
+def _to_come(run: Run) -> int | None:
+    """Training samples of `run`: none if only its evaluation is left to do, None if nothing tells."""
+    if run.trained():
+        return 0
+    return run.samples_per_epoch and run.samples_per_epoch * run.epochs
 
 
 def _is_terminal(stream: TextIO) -> bool:

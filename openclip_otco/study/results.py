@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,10 +32,22 @@ class Result:
     seconds: float  # the whole run, start and validation included
     device: str | None
     versions: dict[str, str]
+    # Of `openclip-otco evaluate` after the last epoch, where the validation images have several captions each.
+    retrieval: dict[str, float] | None = None
+
+    @property
+    def last(self) -> dict[str, float]:
+        """OpenCLIP's validation metrics after the last epoch."""
+        return next(metrics for metrics in self.epochs if metrics["epoch"] == self.epoch_last)
 
     def curve(self) -> tuple[list[int], list[float]]:
         """Epochs, and the validation rsum after each."""
         return [int(metrics["epoch"]) for metrics in self.epochs], [rsum(metrics) for metrics in self.epochs]
+
+
+def standard(results: Sequence[Result]) -> bool:
+    """Whether all of `results` have standard retrieval, of several captions an image; nothing is compared where not."""
+    return bool(results) and all(result.retrieval for result in results)
 
 
 def versions() -> dict[str, str]:

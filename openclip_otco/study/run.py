@@ -1,24 +1,22 @@
-"""One run of OpenCLIP's training script: its command, its folder, and whether it is finished."""
+"""One run of OpenCLIP's training script and its evaluation: commands, folder, and whether it is finished."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from openclip_otco.evaluate.samples import several_captions
 from openclip_otco.study import log, results, shards
+from openclip_otco.study.child import Launcher
 from openclip_otco.study.results import Result
 from openclip_otco.study.study import DataSetting, Flags, Loss, Study, arguments
 
 OPEN_CLIP: Sequence[str] = ("-m", "open_clip_train.main")
 TAIL_LINES = 15
-_SECONDS_TO_STOP = 10
 
 
 class RunFailed(RuntimeError):
@@ -55,59 +53,91 @@ class Run:
         """The command line of the run; `trainer` is what Python is told to run."""
         return [sys.executable, *trainer, *(shards.in_folder(flag, self.out) for flag in self.flags)]
 
+    @property
+    def checkpoint(self) -> Path:
+        """What OpenCLIP saves after the last epoch."""
+        return self.folder / "checkpoints" / f"epoch_{self.epochs}.pt"
+
+    @property
+    def validation(self) -> str | None:
+        """The validation shards, if images have several captions in them."""
+        if "--val-data" not in self.flags:
+            return None
+        data = shards.in_folder(self.flags[self.flags.index("--val-data") + 1], self.out)
+        return data if several_captions(data) else None
+
     def finished(self) -> Result | None:
-        """The kept result, if the run was finished with exactly these flags on exactly these scenes."""
+        """The kept result, if nothing is left to do; a checkpoint that is gone can not be evaluated any more."""
+        result = self.trained()
+        if result is None or result.retrieval is not None or not self.checkpoint.is_file():
+            return result
+        return None if self.validation else result
+
+    def trained(self) -> Result | None:
+        """The kept result, if the run was trained with exactly these flags on exactly these scenes."""
         try:
             result = results.parse((self.folder / "finished.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         return result if result.flags == list(self.flags) and result.scenes == self.scenes else None
 
-    def execute(self, watch: Callable[[str], None], trainer: Sequence[str] = OPEN_CLIP) -> Result:
-        """Run afresh, handing each line of output to `watch`; the whole of it is kept in `output.log`.
+    async def execute(
+        self, watch: Callable[[str], None], trainer: Sequence[str] = OPEN_CLIP, launcher: Launcher | None = None
+    ) -> Result:
+        """Train afresh unless that is done, and evaluate where images have several captions; keep the result.
 
-        An exception out of `watch`, KeyboardInterrupt included, stops the training and goes on up.
+        Each line of output goes to `watch`; all of it is kept in `output.log` and `evaluate.log`. A cancellation, or an
+        exception out of `watch`, stops the processes and goes on up.
 
         Raises:
-            RunFailed: the script failed, or left no results of the last epoch.
+            RunFailed: the script failed, or left no results of the last epoch, or the evaluation failed.
         """
+        launcher = launcher or Launcher()
+        result = self.trained()
+        if result is None:
+            result = await self._train(watch, trainer, launcher)
+            # Before the evaluation: should that fail, the training need not be done again.
+            self._keep(result)
+        if result.retrieval is None and self.validation:
+            result = replace(result, retrieval=await self._evaluate(self.validation, watch, launcher))
+            self._keep(result)
+        return result
+
+    async def _train(self, watch: Callable[[str], None], trainer: Sequence[str], launcher: Launcher) -> Result:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         started = time.monotonic()
         timer, device, tail = log.StepTimer(), None, deque[str](maxlen=TAIL_LINES)
-        with (
-            open(self.folder / "output.log", "w", encoding="utf-8", buffering=1) as output,
-            subprocess.Popen(
-                self.command(trainer),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
-                # Its own process group: Ctrl-C reaches this process alone, which then stops loader workers as well.
-                start_new_session=True,
-            ) as child,
-        ):
-            try:
-                assert child.stdout is not None
-                for line in child.stdout:
-                    output.write(line)
-                    tail.append(line.rstrip("\n"))
-                    if (progress := log.train_line(line)) is not None:
-                        timer.add(progress)
-                    device = device or log.device(line)
-                    watch(line)
-                code = child.wait()
-            except BaseException:
-                _stop(child)
-                raise
+
+        def follow(line: str) -> None:
+            nonlocal device
+            tail.append(line.rstrip("\n"))
+            if (progress := log.train_line(line)) is not None:
+                timer.add(progress)
+            device = device or log.device(line)
+            watch(line)
+
+        code = await launcher.run(self.command(trainer), self.folder / "output.log", follow)
         if code:
             raise RunFailed(f"exit code {code}", tail)
-        result = self._result(tail, timer.seconds_per_step, time.monotonic() - started, device)
+        return self._result(tail, timer.seconds_per_step, time.monotonic() - started, device)
+
+    async def _evaluate(self, data: str, watch: Callable[[str], None], launcher: Launcher) -> dict[str, float]:
+        tail = deque[str](maxlen=TAIL_LINES)
+
+        def follow(line: str) -> None:
+            tail.append(line.rstrip("\n"))
+            watch(line)
+
+        out = self.folder / "evaluate.json"
+        code = await launcher.run(evaluate_command(self.checkpoint, data, out), self.folder / "evaluate.log", follow)
+        if code:
+            raise RunFailed(f"evaluate: exit code {code}", tail)
+        found: dict[str, float] = json.loads(out.read_text(encoding="utf-8"))["retrieval"]
+        return found
+
+    def _keep(self, result: Result) -> None:
         results.write_text(self.folder / "finished.json", results.line(result) + "\n")
-        return result
 
     def _result(
         self, tail: Sequence[str], seconds_per_step: float | None, seconds: float, device: str | None
@@ -139,6 +169,12 @@ class Run:
             device=device,
             versions=results.versions(),
         )
+
+
+def evaluate_command(checkpoint: Path, data: str, out: Path) -> list[str]:
+    """The command that writes the metrics of `checkpoint` on the shards `data` to `out`."""
+    words = ["evaluate", str(checkpoint), "--data", data, "--out", str(out)]
+    return [sys.executable, "-m", "openclip_otco.cli", *words]
 
 
 def run_name(data: str, loss: str, seed: int) -> str:
@@ -178,13 +214,3 @@ def _run(study: Study, setting: DataSetting, loss: Loss, seed: int, out: Path) -
         epochs=epochs,
         samples_per_epoch=shards.samples_per_epoch(flags, out),
     )
-
-
-def _stop(child: subprocess.Popen[str]) -> None:
-    """End the training and the processes it started."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(child.pid, number)
-            child.wait(_SECONDS_TO_STOP)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue

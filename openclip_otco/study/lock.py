@@ -1,0 +1,34 @@
+"""The lock of an output folder: two commands that run a study in one folder would delete each other's runs."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from openclip_otco.study.study import StudyError
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Hold the lock of `folder`, and give its descriptor, which children inherit.
+
+    The system frees the lock when the last process that holds it is gone. A command that was killed thus leaves a free
+    folder, but not before the trainings that it could not stop have ended.
+
+    Raises:
+        StudyError: another process holds it.
+    """
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise StudyError(
+                f"{folder}: is in use by another `compare` (process {file.read().strip() or 'unknown'}), or by a "
+                "training that it left when it was killed; wait for it, or name another folder by --out"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield file.fileno()
