@@ -117,7 +117,7 @@ def broken_file(folder: str | Path) -> str | None:
         return "tokenizer.json"
     others = ("model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     weights = folder / "model.safetensors"
-    if _whole_safetensors(weights) or (not weights.exists() and any(_filled(folder / name) for name in others)):
+    if whole_safetensors(weights) or (not weights.exists() and any(_filled(folder / name) for name in others)):
         return None
     return "model.safetensors"
 
@@ -126,8 +126,10 @@ def _filled(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-def _whole_safetensors(path: Path) -> bool:
-    """Reads the header only: eight bytes of its length, then JSON with each tensor's place in the rest of the file."""
+def whole_safetensors(path: Path) -> bool:
+    """Whether the file is there and not cut short.
+
+    Reads the header only: eight bytes of its length, then JSON with each tensor's place in the rest of the file."""
     try:
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")

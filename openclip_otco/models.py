@@ -1,17 +1,20 @@
-"""Models: the package's model configurations in OpenCLIP's registry, and the text towers they need."""
+"""Models: the package's model configurations in OpenCLIP's registry, and the local towers they need."""
 
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from openclip_otco.bert_tiny import broken_file, make_bert_tiny, recipe
+from openclip_otco.bert_tiny import broken_file, make_bert_tiny, recipe, whole_safetensors
+from openclip_otco.pretrained import PRETRAINED_TOWERS
 
 HOME = "OPENCLIP_OTCO_HOME"
 BERT = "OPENCLIP_OTCO_BERT"
 _TINY, _BASE = "bert-tiny", "bert-base-uncased"
+_TIMM_FOLDER = "local-dir:"  # timm's own prefix of a folder's path
 
 
 def home() -> Path:
@@ -30,9 +33,24 @@ def bert_tiny_folder() -> Path:
     return home() / f"{_TINY}-{recipe()}"
 
 
+def pretrained_folder(tower: str) -> Path:
+    """Where a tower of `PRETRAINED_TOWERS` lies once made; the name changes with the wheel that it comes from."""
+    return home() / f"{tower}-{PRETRAINED_TOWERS[tower].wheel.sha256[:8]}"
+
+
+def _makers() -> dict[str, Callable[[], None]]:
+    """By folder, how the package makes it."""
+    tiny = bert_tiny_folder()
+    makers: dict[str, Callable[[], None]] = {str(tiny): lambda: make_bert_tiny(tiny)}
+    for name, tower in PRETRAINED_TOWERS.items():
+        folder = pretrained_folder(name)
+        makers[str(folder)] = lambda tower=tower, folder=folder: tower.make(folder, home() / "wheels")  # type: ignore[misc]
+    return makers
+
+
 def model_configs() -> dict[str, dict[str, Any]]:
-    """The package's configurations by model name, with the text tower's folder filled in where it is a local one."""
-    folders = {_TINY: str(bert_tiny_folder())}
+    """The package's configurations by model name, with the folders filled in of the towers that are local ones."""
+    folders = {_TINY: str(bert_tiny_folder()), **{name: str(pretrained_folder(name)) for name in PRETRAINED_TOWERS}}
     if named := os.environ.get(BERT):
         folders[_BASE] = str(Path(named).expanduser().absolute())
     configs = {}
@@ -43,6 +61,9 @@ def model_configs() -> dict[str, dict[str, Any]]:
                 continue
             for key in ("hf_model_name", "hf_tokenizer_name"):
                 config["text_cfg"][key] = folders.get(config["text_cfg"][key], config["text_cfg"][key])
+            prefix, _, tower = config["vision_cfg"].get("timm_model_name", "").rpartition(_TIMM_FOLDER)
+            if tower in folders and not prefix:
+                config["vision_cfg"]["timm_model_name"] = f"{_TIMM_FOLDER}{folders[tower]}"
             configs[source.name.removesuffix(".json")] = config
     return configs
 
@@ -61,32 +82,51 @@ def register_models() -> None:
         open_clip.add_model_config(folder)
 
 
-def _text_tower(name: str) -> str | None:
-    """The folder or hub name of a registered model's text tower, None for other models."""
+def _towers(name: str) -> tuple[str | None, str | None]:
+    """The folder of a registered model's image tower, and the folder or hub name of its text tower.
+
+    None for an image tower that is no folder, and for other models.
+    """
     import open_clip
 
     if ":" in name:  # a schema such as hf-hub: whose configuration would have to be fetched
-        return None
+        return None, None
     config = open_clip.get_model_config(name.replace("/", "-"))
-    return config["text_cfg"].get("hf_model_name") if config else None
+    if not config:
+        return None, None
+    image = config["vision_cfg"].get("timm_model_name") or ""
+    folder = image.removeprefix(_TIMM_FOLDER) if image.startswith(_TIMM_FOLDER) else None
+    return folder, config["text_cfg"].get("hf_model_name")
+
+
+def _broken_timm_file(folder: str) -> str | None:
+    """The first file of a folder with a timm model that is missing or cut short."""
+    if not Path(folder, "config.json").is_file():
+        return "config.json"
+    return None if whole_safetensors(Path(folder, "model.safetensors")) else "model.safetensors"
 
 
 def prepare_model(name: str) -> None:
-    """Makes the tiny BERT's folder where model `name` needs it and it is missing or broken; else does nothing.
+    """Makes the folders that the package makes where model `name` needs them and they are missing or broken.
+
+    That is the tiny BERT, or pretrained towers, which are fetched; for other models it does nothing.
 
     Raises:
-        RuntimeError: the folder cannot be written.
+        RuntimeError: a folder cannot be written, or pretrained weights cannot be had.
     """
-    folder = bert_tiny_folder()
-    if _text_tower(name) != str(folder) or broken_file(folder) is None:
-        return
-    try:
-        make_bert_tiny(folder)
-    except OSError as error:
-        raise RuntimeError(
-            f"model {name}: its text tower cannot be written to {folder} ({error.strerror or error}); "
-            f"name a folder that you can write to in the environment variable {HOME}"
-        ) from error
+    makers = _makers()
+    for tower, broken in zip(_towers(name), (_broken_timm_file, broken_file), strict=True):
+        if tower not in makers or broken(tower) is None:
+            continue
+        try:
+            makers[tower]()
+        except OSError as error:
+            raise RuntimeError(
+                f"model {name}: its tower cannot be written to {tower} ({error.strerror or error}); "
+                f"name a folder that you can write to in the environment variable {HOME}"
+            ) from error
+        except RuntimeError as error:
+            raise RuntimeError(f"model {name}: {error}") from error
 
 
 def _is_folder(tower: str) -> bool:
@@ -95,27 +135,33 @@ def _is_folder(tower: str) -> bool:
 
 
 def check_model(name: str) -> str | None:
-    """One line about why model `name` cannot load its text tower, and the cure; None when nothing speaks against it.
+    """One line about why model `name` cannot load its towers, and the cure; None when nothing speaks against it.
 
     OpenCLIP's own message for a missing folder speaks of a hub that the folder never came from.
     """
-    tower = _text_tower(name)
-    if tower is None:
+    image, text = _towers(name)
+    if image is not None and (missing := _broken_timm_file(image)) is not None:
+        return _folder_problem(name, "image", image, missing)
+    if text is None:
         return None
-    if _is_folder(tower):
-        if (missing := broken_file(tower)) is None:
-            return None
-        state = f"has no whole {missing}" if Path(tower).is_dir() else "is not there"
-        if tower == str(bert_tiny_folder()):
-            cure = (
-                f'make it by python -c "from openclip_otco.models import *; register_models(); prepare_model({name!r})"'
-            )
-        elif os.environ.get(BERT) and tower == str(Path(os.environ[BERT]).expanduser().absolute()):
-            cure = f"let {BERT} name a folder with config.json, the tokenizer's files and model.safetensors"
-        else:
-            cure = "put config.json, the tokenizer's files and model.safetensors there, or correct the configuration"
-        return f"model {name}: its text tower's folder {tower} {state}; {cure}"
-    return _check_hub(name, tower)
+    if _is_folder(text):
+        missing = broken_file(text)
+        return None if missing is None else _folder_problem(name, "text", text, missing)
+    return _check_hub(name, text)
+
+
+def _folder_problem(name: str, kind: str, tower: str, missing: str) -> str:
+    state = f"has no whole {missing}" if Path(tower).is_dir() else "is not there"
+    files = "config.json and model.safetensors"
+    if kind == "text":
+        files = "config.json, the tokenizer's files and model.safetensors"
+    if tower in _makers():
+        cure = f'make it by python -c "from openclip_otco.models import *; register_models(); prepare_model({name!r})"'
+    elif os.environ.get(BERT) and tower == str(Path(os.environ[BERT]).expanduser().absolute()):
+        cure = f"let {BERT} name a folder with {files}"
+    else:
+        cure = f"put {files} there, or correct the configuration"
+    return f"model {name}: its {kind} tower's folder {tower} {state}; {cure}"
 
 
 def _check_hub(name: str, tower: str) -> str | None:

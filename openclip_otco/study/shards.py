@@ -1,16 +1,19 @@
-"""Shards of a data setting: rendered scenes made once, and the pattern under which OpenCLIP finds them."""
+"""Shards of a data setting: scenes or Flickr8k, made once, and the pattern under which OpenCLIP finds them."""
 
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from openclip_otco.study import flickr8k
 from openclip_otco.study.study import DataSetting, Flags, StudyError, arguments
 
 # Stands for the study's output folder in the flags of a run, so that they name no path of one machine.
 OUT = "OUT"
-_MARKER = "scenes.json"
+_SCENES, _FLICKR8K = "scenes.json", "flickr8k.json"
 
 
 def in_folder(value: str, out: Path) -> str:
@@ -38,44 +41,86 @@ def scenes_command(setting: DataSetting, folder: Path) -> list[str]:
 
 
 def make(setting: DataSetting, out: Path) -> None:
-    """Render the scenes of `setting` into `out/data/NAME`, unless they are there with the same options.
+    """Make the shards of `setting` under `out/data`, unless they are there and were made alike.
 
     Raises:
-        StudyError: the command failed, or the folder holds something that this command did not make.
+        StudyError: they cannot be made, or a folder holds something that this command did not make.
     """
-    if setting.scenes is None:
-        return
-    folder = out / "data" / setting.name
-    marker = folder / _MARKER
-    if marker.is_file():
-        if json.loads(marker.read_text()) == setting.scenes:
+    of = f"data.{setting.name}"
+    if setting.scenes is not None:
+        _make_once(
+            out / "data" / setting.name,
+            _SCENES,
+            setting.scenes,
+            lambda part: _render(setting, part),
+            f"rendering the scenes of {of}",
+        )
+    elif (wanted := setting.flickr8k) is not None:
+        train, val = _flickr8k_folders(setting, out)
+        recipe = {"version": flickr8k.VERSION}
+
+        def source() -> Path:
+            return flickr8k.source_folder(wanted.folder)
+
+        try:
+            _make_once(
+                train,
+                _FLICKR8K,
+                {**recipe, "mismatch": wanted.mismatch},
+                lambda part: flickr8k.write_train(source(), part, wanted.mismatch),
+                f"writing the shards of {of}",
+            )
+            _make_once(val, _FLICKR8K, recipe, lambda part: flickr8k.write_val(source(), part))
+        except flickr8k.Flickr8kError as error:
+            raise StudyError(f"{of}: {error}") from error
+
+
+def _make_once(folder: Path, marker: str, recipe: Any, make: Callable[[Path], None], announcement: str = "") -> None:
+    """Let `make` write `folder`, unless it is there and its `marker` file holds this `recipe`."""
+    if (folder / marker).is_file():
+        if json.loads((folder / marker).read_text()) == recipe:
             return
         shutil.rmtree(folder)
     elif folder.exists():
-        raise StudyError(f"{folder}: is in the way of the scenes of data.{setting.name}, and was not made by `compare`")
-    # Rendered beside its place and moved there whole: a folder under its final name is complete.
-    part = folder.with_name(f".{setting.name}.part")
+        raise StudyError(f"{folder}: is in the way of the study's data, and was not made by `compare`; move it away")
+    # Made beside its place and moved there whole: a folder under its final name is complete.
+    part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    print(f"rendering the scenes of data.{setting.name}", file=sys.stderr, flush=True)
+    if announcement:
+        print(announcement, file=sys.stderr, flush=True)
+    make(part)
+    (part / marker).write_text(json.dumps(recipe))
+    part.rename(folder)
+
+
+def _render(setting: DataSetting, folder: Path) -> None:
     done = subprocess.run(
-        scenes_command(setting, part), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        scenes_command(setting, folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
-    if done.returncode or not list(part.glob("train/*.tar")):
+    if done.returncode or not list(folder.glob("train/*.tar")):
         tail = " / ".join(done.stdout.strip().splitlines()[-3:]) or "no shards were written"
         raise StudyError(f"data.{setting.name}: scenes failed (exit {done.returncode}): {tail}")
-    (part / _MARKER).write_text(json.dumps(setting.scenes))
-    part.rename(folder)
+
+
+def _flickr8k_folders(setting: DataSetting, out: Path) -> tuple[Path, Path]:
+    """Folders of training and validation; the first names what is in it, and with it the flags of a run do."""
+    assert setting.flickr8k is not None
+    return out / "data" / f"flickr8k-mismatch-{setting.flickr8k.mismatch}", out / "data" / "flickr8k-dev"
 
 
 def data_flags(setting: DataSetting, out: Path) -> Flags:
     """OpenCLIP's data flags of `setting`; shards that are not made yet show as `SHARDS`."""
-    if setting.scenes is None:
+    if setting.scenes is not None:
+        folders = [out / "data" / setting.name / split for split in ("train", "val")]
+    elif setting.flickr8k is not None:
+        folders = list(_flickr8k_folders(setting, out))
+    else:
         return setting.flags
     flags: Flags = {}
-    for split in ("train", "val"):
-        names = [path.name for path in (out / "data" / setting.name / split).glob("*.tar")]
-        flags[f"{split}-data"] = pattern(f"{OUT}/data/{setting.name}/{split}", names or ["SHARDS"])
+    for split, folder in zip(("train", "val"), folders, strict=True):
+        names = [path.name for path in folder.glob("*.tar")]
+        flags[f"{split}-data"] = pattern(f"{OUT}/{folder.relative_to(out).as_posix()}", names or ["SHARDS"])
     return {**flags, **setting.flags}
 
 

@@ -28,11 +28,20 @@ class StudyError(ValueError):
 
 @dataclass(frozen=True)
 class DataSetting:
-    """What the runs train on: options of the `scenes` command, or flags that name any other data."""
+    """What the runs train on: options of the `scenes` command, Flickr8k, or flags that name any other data."""
 
     name: str
     scenes: Flags | None
     flags: Flags
+    flickr8k: "Flickr8k | None" = None
+
+
+@dataclass(frozen=True)
+class Flickr8k:
+    """Flickr8k, with all captions of this share of the images mismatched, in percent; `folder` is where it lies."""
+
+    mismatch: int = 0
+    folder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -145,15 +154,28 @@ class _Reader:
 
     def data(self, name: str, table: dict[str, Any]) -> DataSetting:
         where = f"data.{name}."
+        made = [key for key in ("scenes", "flickr8k") if key in table]
         scenes = None
         if "scenes" in table:
             scenes = self.flags(self.table(table, "scenes", where), f"{where}scenes.", reserved=frozenset())
-        flags = self.flags({key: value for key, value in table.items() if key != "scenes"}, where)
-        if scenes is None and "train-data" not in flags:
-            raise self.error(f"data.{name}", "needs scenes or train-data")
-        if scenes is not None and (both := {"train-data", "val-data"} & flags.keys()):
-            raise self.error(f"{where}{min(both)}", "cannot be given together with scenes")
-        return DataSetting(name, scenes, flags)
+        flickr8k = None
+        if "flickr8k" in table:
+            flickr8k = self.flickr8k(self.table(table, "flickr8k", where), f"{where}flickr8k.")
+        flags = self.flags({key: value for key, value in table.items() if key not in made}, where)
+        if len(made) > 1:
+            raise self.error(f"{where}flickr8k", "cannot be given together with scenes")
+        if not made and "train-data" not in flags:
+            raise self.error(f"data.{name}", "needs scenes, flickr8k or train-data")
+        if made and (both := {"train-data", "val-data"} & flags.keys()):
+            raise self.error(f"{where}{min(both)}", f"cannot be given together with {made[0]}")
+        return DataSetting(name, scenes, flags, flickr8k)
+
+    def flickr8k(self, table: dict[str, Any], where: str) -> Flickr8k:
+        self.no_others(table, where, {"mismatch", "folder"})
+        mismatch = table.get("mismatch", 0)
+        if type(mismatch) is not int or not 0 <= mismatch < 100:
+            raise self.error(f"{where}mismatch", "must be a whole number of percent, 0 to 99")
+        return Flickr8k(mismatch, self.text(table, where, "folder") if "folder" in table else None)
 
     def loss(self, name: str, table: dict[str, Any]) -> Loss:
         where = f"loss.{name}."

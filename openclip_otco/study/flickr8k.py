@@ -1,0 +1,142 @@
+"""Flickr8k for a study: its training captions as pairs, mismatched by a fixed list, and its dev split for validation.
+
+Hodosh, Young, Hockenmaier: Framing image description as a ranking task, JAIR 2013. The data are for research, and not in
+the package: a folder of the user's holds `train-*.tar` and `dev-*.tar`, whose samples are `KEY.jpg` and `KEY.json`
+(`{"captions": [...]}`), and a `mismatch-N.csv` for each share of mismatched images (`key,caption_key`).
+"""
+
+import csv
+import json
+import os
+import random
+import tarfile
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+SOURCE = "OPENCLIP_OTCO_FLICKR8K"
+# Goes up whenever the same source begins to give other shards.
+VERSION = 1
+_SHARDS_PER_CAPTION = 2
+
+
+class Flickr8kError(ValueError):
+    """A source that cannot be used; the message is one line that names the file and the cure."""
+
+
+def source_folder(given: str | None = None) -> Path:
+    """The folder with Flickr8k: `given`, or what the environment variable names.
+
+    Raises:
+        Flickr8kError: neither is given, or it is no folder with `train-*.tar` and `dev-*.tar`.
+    """
+    named = given or os.environ.get(SOURCE)
+    wanted = "a folder with train-*.tar, dev-*.tar and mismatch-*.csv"
+    if not named:
+        raise Flickr8kError(f"Flickr8k: let the environment variable {SOURCE} name {wanted}")
+    folder = Path(named).expanduser()
+    for split in ("train", "dev"):
+        if not any(folder.glob(f"{split}-*.tar")):
+            raise Flickr8kError(f"Flickr8k: {folder} has no {split}-*.tar; let {SOURCE} name {wanted}")
+    return folder
+
+
+def write_train(source: Path, folder: Path, mismatch: int) -> None:
+    """Writes the training shards into `folder`: a sample for each image and caption, and OpenCLIP's `sizes.json`.
+
+    An image listed in `mismatch-N.csv` gets all captions of the image that the list names, and none of its own. A shard
+    holds the i-th captions of one half of the images. So no image meets itself within a shard, and not often in what
+    OpenCLIP shuffles at a time, about two shards. Equal sources give equal bytes.
+
+    Args:
+        source: the folder with Flickr8k.
+        folder: must not exist.
+        mismatch: share of the images in percent, 0 for none.
+
+    Raises:
+        Flickr8kError: the list is missing, or does not fit the images.
+    """
+    from webdataset.writer import TarWriter  # Imported late: WebDataset imports torch.
+
+    samples = dict(_samples(source, "train"))
+    donors = _donors(source, mismatch) if mismatch else {}
+    if strangers := sorted({*donors, *donors.values()} - samples.keys()):
+        raise Flickr8kError(f"Flickr8k: {_list(source, mismatch)} names {strangers[0]}, which no train-*.tar holds")
+    captions = {key: samples[donors.get(key, key)][1] for key in samples}
+    keys = sorted(samples)
+    random.Random(VERSION).shuffle(keys)
+    bounds = [len(keys) * part // _SHARDS_PER_CAPTION for part in range(_SHARDS_PER_CAPTION + 1)]
+    folder.mkdir(parents=True)
+    sizes = {}
+    for index in range(max(map(len, captions.values()))):
+        for start, stop in pairwise(bounds):
+            name = f"{len(sizes):04d}.tar"
+            own = [key for key in keys[start:stop] if index < len(captions[key])]
+            sizes[name] = len(own)
+            with (
+                (folder / name).open("wb") as stream,
+                TarWriter(stream, user="", group="", mtime=0, encoder=False) as writer,
+            ):
+                for key in own:
+                    image, caption = samples[key][0], captions[key][index]
+                    writer.write({"__key__": f"{key}-{index}", "jpg": image, "txt": caption.encode()})
+    _write_sizes(folder, sizes)
+
+
+def write_val(source: Path, folder: Path) -> None:
+    """Writes the dev split into `folder`: a sample is an image, its first caption, and all of them in `KEY.json`.
+
+    Args:
+        source: the folder with Flickr8k.
+        folder: must not exist.
+    """
+    from webdataset.writer import TarWriter
+
+    folder.mkdir(parents=True)
+    count = 0
+    with (
+        (folder / "0000.tar").open("wb") as stream,
+        TarWriter(stream, user="", group="", mtime=0, encoder=False) as writer,
+    ):
+        for key, (image, captions) in _samples(source, "dev"):
+            facts = json.dumps({"captions": captions}).encode()
+            writer.write({"__key__": key, "jpg": image, "json": facts, "txt": captions[0].encode()})
+            count += 1
+    _write_sizes(folder, {"0000.tar": count})
+
+
+def _samples(source: Path, split: str) -> Iterator[tuple[str, tuple[bytes, list[str]]]]:
+    """Key, JPEG bytes and captions of each image."""
+    for path in sorted(source.glob(f"{split}-*.tar")):
+        images: dict[str, bytes] = {}
+        captions: dict[str, list[str]] = {}
+        with tarfile.open(path) as shard:
+            for member in shard:
+                key, _, suffix = member.name.rpartition(".")
+                if suffix in ("jpg", "json") and (stream := shard.extractfile(member)) is not None:
+                    if suffix == "jpg":
+                        images[key] = stream.read()
+                    else:
+                        captions[key] = json.loads(stream.read())["captions"]
+        if odd := sorted(images.keys() ^ captions.keys()):
+            raise Flickr8kError(f"Flickr8k: {path} lacks {odd[0]}.jpg or {odd[0]}.json; copy the shard anew")
+        for key in images:
+            yield key, (images[key], captions[key])
+
+
+def _list(source: Path, mismatch: int) -> Path:
+    return source / f"mismatch-{mismatch}.csv"
+
+
+def _donors(source: Path, mismatch: int) -> dict[str, str]:
+    """By image, the image whose captions it gets."""
+    path = _list(source, mismatch)
+    if not path.is_file():
+        there = sorted(path.stem.removeprefix("mismatch-") for path in source.glob("mismatch-*.csv"))
+        raise Flickr8kError(f"Flickr8k: mismatch = {mismatch} needs {path}; there is {', '.join(['0', *there])}")
+    with path.open(newline="", encoding="utf-8") as stream:
+        return {row["key"]: row["caption_key"] for row in csv.DictReader(stream)}
+
+
+def _write_sizes(folder: Path, sizes: dict[str, int]) -> None:
+    (folder / "sizes.json").write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
