@@ -133,7 +133,7 @@ def test_a_source_that_cannot_be_used_is_one_clear_error(
 def test_a_setting_that_cannot_be_used_names_its_key(table: str, told: str, tmp_path: Path) -> None:
     path = tmp_path / "study.toml"
     path.write_text(f'[study]\nname = "s"\n[flags]\nepochs = 1\n[data.d]\n{table}\n[loss.clip]\nloss = "clip"\n')
-    with pytest.raises(StudyError, match="study.toml") as caught:
+    with pytest.raises(StudyError, match=r"study\.toml") as caught:
         load(str(path))
     assert told in str(caught.value)
 
