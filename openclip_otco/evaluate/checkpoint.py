@@ -12,6 +12,7 @@ import torch
 
 from openclip_otco.evaluate import EvaluationError
 from openclip_otco.evaluate.encoder import Encoder
+from openclip_otco.frozen.towers import FrozenTower, freeze_towers
 
 # What DistributedDataParallel and torch.compile put before the names of weights.
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -99,7 +100,29 @@ def load(
     from open_clip_train.precision import get_autocast
 
     autocast = get_autocast(precision, device_type=place.type)
-    return Encoder(str(name), made, tokenizer, preprocess, place, precision, autocast, get_input_dtype(precision))
+    return Encoder(
+        str(name),
+        made,
+        tokenizer,
+        preprocess,
+        place,
+        precision,
+        autocast,
+        get_input_dtype(precision),
+        _frozen(made, run, precision),
+    )
+
+
+def _frozen(model: Any, run: dict[str, Any], precision: str) -> list[FrozenTower]:
+    """The locked towers of a run with `--frozen-features`, which then take their features from its folder."""
+    folder = run.get("frozen_features")
+    if not isinstance(folder, str):
+        return []
+    if run.get("lock_image"):
+        model.lock_image_tower()
+    if run.get("lock_text"):
+        model.lock_text_tower(0, True)
+    return freeze_towers(model, Path(folder), precision)
 
 
 def _make(name: str, precision: str, device: torch.device, run: dict[str, Any], bias: bool) -> tuple[Any, Any, Any]:

@@ -93,6 +93,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if captions[0]:
         text_image = torch.tensor([image for image, texts in enumerate(captions) for _ in texts])
         found["retrieval"] = retrieval(image_features, _texts(encoder, captions, args.batch_size), text_image)
+    encoder.save_frozen()
     if labels and names:
         if not 0 <= min(labels) <= max(labels) < len(names):
             raise EvaluationError(

@@ -1,5 +1,6 @@
 """The encoder: a trained model with its tokenizer and preprocessing, as features come out of it."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from openclip_otco.evaluate import EvaluationError
+from openclip_otco.frozen.towers import FrozenTower
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,16 @@ class Encoder:
     precision: str
     autocast: Callable[[], AbstractContextManager]
     input_dtype: torch.dtype | None
+    frozen: Sequence[FrozenTower] = ()
+
+    def save_frozen(self) -> None:
+        """Keeps what the locked towers of the run's `--frozen-features` gave, for the next evaluation of such a run."""
+        for tower in self.frozen:
+            if tower.memory is not None:
+                tower.memory.keep_all()
+                # A folder that cannot be written costs time, and no figure.
+                with contextlib.suppress(OSError):
+                    tower.memory.save()
 
     @torch.inference_mode()
     def images(self, images: Sequence[Tensor]) -> Tensor:

@@ -75,6 +75,10 @@ class FeatureMemory:
             self._shrink()
         return features.to(inputs.device)
 
+    def keep_all(self) -> None:
+        """Makes everything worth keeping: whoever asks for no random views will ask for the same again."""
+        self._worth_keeping.update(self._rows)
+
     def save(self) -> None:
         """Adds to the file what it lacks, whole or not at all; other processes may do the same at once.
 

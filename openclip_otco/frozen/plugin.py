@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from openclip_otco.models import home
+from openclip_otco.options import end
 
 # Below this share of inputs seen before, the memory costs more than it saves.
 _LEAST_SHARE = 0.25
@@ -42,27 +43,26 @@ class FrozenFeaturesPlugin:
         if args.frozen_features is None:
             return
 
-        def end(message: str) -> NoReturn:
-            parser.exit(2, f"{parser.prog}: error: argument --frozen-features: {message}\n")
-            raise AssertionError("parser.exit returned")
+        def refuse(reason: str) -> NoReturn:
+            end(parser, f"argument --frozen-features: {reason}")
 
         image = args.lock_image and not args.lock_image_unlocked_groups
         text = args.lock_text and not args.lock_text_unlocked_layers
         if not image and not text:
-            end("no tower is locked; add --lock-image, or --lock-text with --lock-text-freeze-layer-norm")
+            refuse("no tower is locked; add --lock-image, or --lock-text with --lock-text-freeze-layer-norm")
         if text and not args.lock_text_freeze_layer_norm:
-            end("--lock-text leaves layer norms trainable; add --lock-text-freeze-layer-norm")
+            refuse("--lock-text leaves layer norms trainable; add --lock-text-freeze-layer-norm")
         if args.lock_image and args.lock_image_freeze_bn_stats:
-            end(
+            refuse(
                 "drop --lock-image-freeze-bn-stats: a remembered tower's statistics are frozen as they are, and that "
                 "flag takes the activations away that timm keeps in its batch norms"
             )
         if args.torchscript or args.trace:
-            end("not with --torchscript or --trace")
+            refuse("not with --torchscript or --trace")
         try:
             Path(args.frozen_features).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            end(f"{args.frozen_features} cannot be made ({error.strerror or error}); name a folder")
+            refuse(f"{args.frozen_features} cannot be made ({error.strerror or error}); name a folder")
 
     def prepare_model(self, args: argparse.Namespace, model: nn.Module) -> None:
         self._towers = ()
