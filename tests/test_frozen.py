@@ -97,6 +97,8 @@ def test_the_file_keeps_what_was_asked_for_twice(tmp_path: Path) -> None:
     again, encoder = FeatureMemory(path), Counting()
     assert torch.equal(again(numbered(1, 2, 3), encoder), encode(numbered(1, 2, 3)))
     assert torch.equal(torch.stack(encoder.got), numbered(1))
+    again.save(everything=True)
+    assert len(FeatureMemory(path)) == 3
 
 
 def test_two_runs_add_to_one_file_and_the_file_is_bounded(tmp_path: Path) -> None:

@@ -31,10 +31,9 @@ class Encoder:
         """Keeps what the locked towers of the run's `--frozen-features` gave, for the next evaluation of such a run."""
         for tower in self.frozen:
             if tower.memory is not None:
-                tower.memory.keep_all()
                 # A folder that cannot be written costs time, and no figure.
                 with contextlib.suppress(OSError):
-                    tower.memory.save()
+                    tower.memory.save(everything=True)
 
     @torch.inference_mode()
     def images(self, images: Sequence[Tensor]) -> Tensor:

@@ -75,16 +75,17 @@ class FeatureMemory:
             self._shrink()
         return features.to(inputs.device)
 
-    def keep_all(self) -> None:
-        """Makes everything worth keeping: whoever asks for no random views will ask for the same again."""
-        self._worth_keeping.update(self._rows)
-
-    def save(self) -> None:
+    def save(self, everything: bool = False) -> None:
         """Adds to the file what it lacks, whole or not at all; other processes may do the same at once.
+
+        Args:
+            everything: also what was asked for only once, as by an evaluation, whose inputs are the same each time.
 
         Raises:
             OSError: the file cannot be written.
         """
+        if everything:
+            self._worth_keeping.update(self._rows)
         if len(self._worth_keeping) == self._saved:
             return
         with _alone(self.path):
