@@ -256,6 +256,16 @@ def test_a_tower_never_gets_anothers_features(model: nn.Module, tmp_path: Path) 
     assert freeze_towers(model, tmp_path, "fp32")[0].digest() == digests[0]
 
 
+def test_images_are_enlarged_for_the_locked_tower_alone(model: nn.Module, tmp_path: Path) -> None:
+    images, texts = batch()
+    plain = copy.deepcopy(model).eval()
+    same = freeze_towers(copy.deepcopy(model), tmp_path, "fp32")[0].digest()
+    image, _ = freeze_towers(model, tmp_path, "fp32", image_size=96)
+    large = torch.nn.functional.interpolate(images, (96, 96), mode="bicubic", antialias=True)
+    torch.testing.assert_close(model.encode_image(images), plain.encode_image(large), rtol=1e-5, atol=1e-6)
+    assert image.digest() != same
+
+
 def test_weights_that_come_after_the_hook_count(model: nn.Module, tmp_path: Path) -> None:
     """As with `--resume`."""
     images, texts = batch()
@@ -316,7 +326,12 @@ def test_what_cannot_be_remembered_ends_with_one_line(
 
 def test_an_unknown_tower_is_refused(tmp_path: Path) -> None:
     args = SimpleNamespace(
-        frozen_features=str(tmp_path), precision="fp32", lock_image=True, lock_text=False, model="ViT-S-32-alt"
+        frozen_features=str(tmp_path),
+        frozen_image_size=None,
+        precision="fp32",
+        lock_image=True,
+        lock_text=False,
+        model="ViT-S-32-alt",
     )
     model = open_clip.create_model("ViT-S-32-alt")
     model.lock_image_tower()

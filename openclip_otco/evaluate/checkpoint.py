@@ -122,7 +122,7 @@ def _frozen(model: Any, run: dict[str, Any], precision: str) -> list[FrozenTower
         model.lock_image_tower()
     if run.get("lock_text"):
         model.lock_text_tower(0, True)
-    return freeze_towers(model, Path(folder), precision)
+    return freeze_towers(model, Path(folder), precision, run.get("frozen_image_size"))
 
 
 def _make(name: str, precision: str, device: torch.device, run: dict[str, Any], bias: bool) -> tuple[Any, Any, Any]:

@@ -38,8 +38,22 @@ class FrozenFeaturesPlugin:
             "%(const)s). Needs --lock-image or --lock-text.",
         )
 
+        group.add_argument(
+            "--frozen-image-size",
+            type=int,
+            default=None,
+            metavar="PIXELS",
+            help="With --frozen-features: enlarge images to this size for the locked image tower, so that loaders "
+            "deal with small ones.",
+        )
+
     def check_args(self, parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         """Ends with one clear line and exit code 2 on what cannot be remembered."""
+        if args.frozen_image_size is not None:
+            if args.frozen_features is None:
+                end(parser, "argument --frozen-image-size: needs --frozen-features")
+            if args.frozen_image_size < 1:
+                end(parser, f"argument --frozen-image-size: must be at least 1, got {args.frozen_image_size}")
         if args.frozen_features is None:
             return
 
@@ -70,7 +84,7 @@ class FrozenFeaturesPlugin:
             return
         from openclip_otco.frozen.towers import freeze_towers
 
-        self._towers = freeze_towers(model, Path(args.frozen_features), args.precision)
+        self._towers = freeze_towers(model, Path(args.frozen_features), args.precision, args.frozen_image_size)
         kinds = {tower.kind for tower in self._towers}
         wanted = {kind for kind in ("image", "text") if getattr(args, f"lock_{kind}")}
         if missing := sorted(wanted - kinds):

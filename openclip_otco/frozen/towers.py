@@ -10,6 +10,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openclip_otco.frozen.memory import FeatureMemory
@@ -26,13 +27,13 @@ class FrozenTower:
         parts: modules that make the features; all their parameters are locked.
         encode: from inputs `(b, ...)` to features `(b, d)`, by those modules.
         folder: for the memory's file, which is named by a digest of the parts, so that no other tower reads it.
-        precision: OpenCLIP's `--precision`, part of the digest.
+        setting: whatever else decides the features, such as OpenCLIP's `--precision`; part of the digest.
     """
 
     def __init__(
-        self, kind: str, parts: list[nn.Module], encode: Callable[[Tensor], Tensor], folder: Path, precision: str
+        self, kind: str, parts: list[nn.Module], encode: Callable[[Tensor], Tensor], folder: Path, setting: str
     ) -> None:
-        self.kind, self.parts, self.folder, self.precision = kind, parts, folder, precision
+        self.kind, self.parts, self.folder, self.setting = kind, parts, folder, setting
         self.memory: FeatureMemory | None = None
         self._encode = encode
 
@@ -50,7 +51,7 @@ class FrozenTower:
 
     def digest(self) -> str:
         """Sixteen hexadecimal digits that change with the weights, the architecture, precision and library versions."""
-        content = hashlib.sha256(self.precision.encode())
+        content = hashlib.sha256(self.setting.encode())
         for name in ("torch", "timm", "transformers", "open_clip_torch"):
             content.update(f"{name} {importlib.metadata.version(name)}\n".encode())
         for part in self.parts:
@@ -66,11 +67,18 @@ class FrozenTower:
         return self._encode(inputs)
 
 
-def freeze_towers(model: nn.Module, folder: Path, precision: str) -> list[FrozenTower]:
+def freeze_towers(model: nn.Module, folder: Path, precision: str, image_size: int | None = None) -> list[FrozenTower]:
     """Lets the locked towers of an OpenCLIP model take their features from memory, as `FrozenTower` says.
 
     Known are timm's image towers and text towers of Hugging Face. What is remembered is what the trained head gets: the
     trunk's output, or the pooled one. Parameters, buffers and their names stay as they are.
+
+    Args:
+        model: an OpenCLIP model.
+        folder: for the memories' files.
+        precision: OpenCLIP's `--precision`.
+        image_size: pixels to which images are enlarged before the image tower encodes them. Loaders and keys then deal
+            with the small ones, which is most of the time of a run that remembers its features.
 
     Returns:
         The towers found locked: none, one or two.
@@ -81,7 +89,10 @@ def freeze_towers(model: nn.Module, folder: Path, precision: str) -> list[Frozen
     towers = []
     visual, text = getattr(model, "visual", None), getattr(model, "text", None)
     if isinstance(visual, TimmModel) and _locked(visual.trunk):
-        image = FrozenTower("image", [visual.trunk], visual.trunk.forward, folder, precision)
+        forward, setting = visual.trunk.forward, precision
+        if image_size is not None:
+            forward, setting = _enlarged(forward, image_size), f"{precision} {image_size}"
+        image = FrozenTower("image", [visual.trunk], forward, folder, setting)
         visual.trunk.frozen = image
         visual.trunk.forward = MethodType(_trunk_features, visual.trunk)
         towers.append(image)
@@ -95,6 +106,13 @@ def freeze_towers(model: nn.Module, folder: Path, precision: str) -> list[Frozen
         text.forward = MethodType(_projected_features, text)
         towers.append(sentence)
     return towers
+
+
+def _enlarged(encode: Callable[[Tensor], Tensor], size: int) -> Callable[[Tensor], Tensor]:
+    def enlarge_and_encode(images: Tensor) -> Tensor:
+        return encode(F.interpolate(images, (size, size), mode="bicubic", antialias=True))
+
+    return enlarge_and_encode
 
 
 def _locked(part: nn.Module) -> bool:
