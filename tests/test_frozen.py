@@ -257,7 +257,7 @@ def test_a_tower_never_gets_anothers_features(model: nn.Module, tmp_path: Path) 
 
 
 def test_images_are_enlarged_for_the_locked_tower_alone(model: nn.Module, tmp_path: Path) -> None:
-    images, texts = batch()
+    images, _ = batch()
     plain = copy.deepcopy(model).eval()
     same = freeze_towers(copy.deepcopy(model), tmp_path, "fp32")[0].digest()
     image, _ = freeze_towers(model, tmp_path, "fp32", image_size=96)
