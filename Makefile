@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install patch lint test quickstart results bench scaling clean
+.PHONY: install patch lint test quickstart results study study-quick bench scaling clean
 
 install: patch
 
@@ -33,6 +33,16 @@ quickstart: install
 
 results: install
 	HF_HUB_OFFLINE=1 $(BIN)/openclip-otco compare scenes --out runs/scenes
+
+study-quick: install
+	HF_HUB_OFFLINE=1 $(BIN)/openclip-otco compare study-quick --out runs/study-quick --jobs 2
+
+# Flickr8k lies where the environment variable OPENCLIP_OTCO_FLICKR8K says. Runs that two studies share are made once.
+study: install
+	for study in flickr8k-tuning flickr8k-frozen flickr8k-baselines flickr8k-ablations; do \
+		HF_HUB_OFFLINE=1 $(BIN)/openclip-otco compare $$study --out runs/flickr8k --jobs 2 || exit 1; \
+		for file in results.jsonl table.md rsum.png recalls.png noise.png cost.png; do \
+			test ! -e runs/flickr8k/$$file || cp runs/flickr8k/$$file runs/flickr8k/$$study-$$file; done; done
 
 bench: install
 	$(BIN)/python -m pip install --progress-bar off -e '.[bench]'

@@ -958,7 +958,7 @@ def test_bad_study_is_one_line(home, capsys, old, new, message):
 
 def test_no_such_study(home, capsys):
     assert compare.run(arguments("nowhere.toml")) == 2
-    assert "nowhere.toml: no such file, nor a shipped study (quickstart" in capsys.readouterr().err
+    assert "nowhere.toml: no such file, nor a shipped study (flickr8k-ablations" in capsys.readouterr().err
 
 
 def test_quickstart_is_shipped(home):
