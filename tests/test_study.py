@@ -934,7 +934,7 @@ def test_scenes_command(home):
         ("epochs = 3", "epochs = 3\nlr = []", "flags.lr must be a number"),
         ("epochs = 3", "epochs = 3\nseed = 1", "flags.seed is unknown here"),
         ("epochs = 3", 'epochs = 3\n"--lr" = 1', "flags.--lr is no flag name"),
-        ('train-data = "train.csv"', "", "data.clean needs scenes or train-data"),
+        ('train-data = "train.csv"', "", "data.clean needs scenes, flickr8k or train-data"),
         ('train-data = "train.csv"', 'scenes = "a"', "data.clean.scenes must be a table"),
         ('train-data = "train.csv"', 'train-data = "a"\nscenes = {}', "data.clean.train-data cannot be given"),
         ("[data.clean]", "[data.clean--er]", "data.clean--er needs a name"),
