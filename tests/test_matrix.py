@@ -27,7 +27,7 @@ from openclip_otco.callback import PlanCacheCallback
 from openclip_otco.loss import Features
 
 WORLDS = (1, 2, 4)
-ACCUMS = (1, 2, 4)
+ACCUMS = (1, 2)
 PRECISIONS = ("fp32", "amp", "amp_bf16", "bf16")
 BOTH = (False, True)
 STEPS, WINDOW, PAIRS = 4, 2, 128
@@ -40,6 +40,8 @@ OTCO = ("--loss", "otco", "--otco-window", str(WINDOW), "--otco-warmup", "0", "-
         "--otco-transport-weight", "0.5")  # fmt: skip
 # How far losses may lie from those of fp32, and how far features and the way that the weights went; all relative.
 WITHIN = {"fp32": (1e-6, 1e-5), "amp": (5e-3, 0.03), "amp_bf16": (2e-2, 0.1), "bf16": (3e-2, 0.25)}
+# Features of other pairs lie farther apart than this.
+APART = 0.1
 
 
 @dataclass(frozen=True)
@@ -298,7 +300,7 @@ def test_every_cell_trains_as_one_rank_does(matrix: dict[int, list[dict[Any, Any
     for ours, theirs in zip(outcomes[0].plans, reference.plans, strict=True):
         for key in ("image_features", "text_features"):
             # Each step's pairs once, in the same order: another order would show.
-            assert _apart(ours[key], theirs[key]) <= way < _apart(theirs[key].roll(1, 0), theirs[key])
+            assert _apart(ours[key], theirs[key]) <= min(way, APART) < _apart(theirs[key].roll(1, 0), theirs[key])
 
 
 def _apart(ours: Tensor, theirs: Tensor) -> float:
