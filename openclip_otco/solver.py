@@ -105,8 +105,9 @@ class PlanSolver:
         shards: Shards,
     ) -> tuple[Tensor, Tensor]:
         """`f` and `g`, `(N,)` each, of the entropic plan."""
-        # The first process makes the initial plan, for which it needs the whole matrix.
-        cost = shards.attempt(lambda: held(cost) if shards.rank == 0 else cost)
+        # One process alone goes over all of it; of several the first one does, if it makes an initial plan.
+        whole = shards.count == 1 or (shards.rank == 0 and self.initial_plan in ("combinatorial", "emd"))
+        cost = shards.attempt(lambda: held(cost) if whole else cost)
         if shards.count > 1:
             cost = HeldParts(cost)
         result = sinkhorn(
