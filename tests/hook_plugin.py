@@ -124,7 +124,7 @@ class TwinPlugin(SiglipPlugin):
 
 class UnfinishedPlugin(ExamplePlugin):
     def __init__(self) -> None:
-        raise NotImplementedError("not today")
+        raise RuntimeError("not today")
 
 
 def DyingPlugin() -> Any:
