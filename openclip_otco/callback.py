@@ -183,6 +183,8 @@ class PlanCacheCallback:
         metrics = dict(plan.diagnostics)
         if self.loss.effective_share is not None:
             metrics["effective_share"] = float(self.loss.effective_share)
+        if self.loss.matched_share is not None:
+            metrics["matched_share"] = float(self.loss.matched_share)
         metrics["skipped"] = self.skipped
         if plan.step >= self._next_line:
             self._next_line = plan.step + self.log_every

@@ -12,9 +12,12 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss, gather_features
 from torch import Tensor
 
+from openclip_otco.mixture import log_posterior, matched_share
 from openclip_otco.ot import sinkhorn_divergence
 from openclip_otco.plan import TransportPlan
 
+# What trust in a pair is: the method's plan confidence, or the probability that the pair is matched.
+TRUSTS = ("share", "posterior")
 # Steps of the grid of powers that tempering chooses from.
 _POWERS = 64
 
@@ -40,6 +43,9 @@ class OTCOLoss(ClipLoss):
 
     Args:
         confidence: `γ >= 0`, the power of the plan confidence that makes the weights `c_i`; 0 switches them off.
+        trust: what is raised to that power. `share`: the own pair's shares of its row and column of the plan, as the
+            method has it. `posterior`: the probability that the pair is matched, with the share of matched pairs
+            estimated from the batch (`mixture.matched_share`): on clean captions nearly all weights are 1.
         least_share: in `[0, 1]`, the least effective share of the batch that confidence leaves to carry the loss; a
             step that would fall below takes a smaller power (`tempered`). 0 sets no limit. A young model's confidence
             rests on a few pairs; without a limit the model learns those alone, and training can collapse.
@@ -51,7 +57,7 @@ class OTCOLoss(ClipLoss):
         local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: as in `open_clip.ClipLoss`.
 
     Raises:
-        ValueError: a negative weight, or a share outside `[0, 1]`.
+        ValueError: a negative weight, a share outside `[0, 1]`, or a trust that there is not.
 
     Example::
 
@@ -69,6 +75,7 @@ class OTCOLoss(ClipLoss):
         epsilon: float = 0.1,
         least_share: float = 0.0,
         own_pair: bool = True,
+        trust: str = "share",
         local_loss: bool = False,
         gather_with_grad: bool = False,
         cache_labels: bool = False,
@@ -93,7 +100,10 @@ class OTCOLoss(ClipLoss):
                 raise ValueError(f"{name} must not be negative; got {weight}")
         if not 0 <= least_share <= 1:
             raise ValueError(f"least_share must lie in [0, 1]; got {least_share}")
+        if trust not in TRUSTS:
+            raise ValueError(f"trust must be one of {', '.join(TRUSTS)}; got {trust!r}")
         self.confidence = confidence
+        self.trust = trust
         self.least_share = least_share
         self.transport_weight = transport_weight
         self.own_pair = own_pair
@@ -103,6 +113,7 @@ class OTCOLoss(ClipLoss):
         self.newest: TransportPlan | None = None
         self.gathered: Features | None = None
         self.effective_share: Tensor | None = None
+        self.matched_share: Tensor | None = None
 
     def set_plans(self, drawn: Sequence[TransportPlan], newest: TransportPlan | None) -> None:
         """The plans of the coming steps: `drawn` generate the transported pairs, `newest` measures confidence."""
@@ -184,12 +195,17 @@ class OTCOLoss(ClipLoss):
 
     def _weights(self, local: Features) -> Tensor | None:
         """`c_i` of the rows of the logits, `(rows,)`, mean 1 over the global batch; `None` where all are 1."""
-        self.effective_share = None
+        self.effective_share = self.matched_share = None
         if not self.confidence or self.newest is None:
             return None
         # Each rank asks the plan about its own pairs: that, unlike a gather of numbers, would not get less with ranks.
-        log_confidence = self._gather_numbers(self.newest.log_confidence(*local))
-        weights, self.effective_share = tempered(log_confidence, self.confidence, self.least_share)
+        if self.trust == "posterior":
+            log_ratio = self._gather_numbers(self.newest.log_mass(*local))
+            self.matched_share = matched_share(log_ratio)
+            log_trust = log_posterior(log_ratio, self.matched_share)
+        else:
+            log_trust = self._gather_numbers(self.newest.log_confidence(*local))
+        weights, self.effective_share = tempered(log_trust, self.confidence, self.least_share)
         if self.local_loss and self.world_size > 1:
             weights = weights.chunk(self.world_size)[self.rank]
         return weights
@@ -235,18 +251,18 @@ class OTCOLoss(ClipLoss):
         )
 
 
-def tempered(log_confidence: Tensor, power: float, least_share: float) -> tuple[Tensor, Tensor]:
-    """Weights `c ∝ exp(γ' · log_confidence)`, `(n,)`, mean 1, and their effective share `(Σc)²/(n Σc²)`.
+def tempered(log_trust: Tensor, power: float, least_share: float) -> tuple[Tensor, Tensor]:
+    """Weights `c ∝ exp(γ' · log_trust)`, `(n,)`, mean 1, and their effective share `(Σc)²/(n Σc²)`.
 
     `γ'` is the largest power up to `power` whose effective share is at least `least_share`: the choice of a tempering
     exponent by effective sample size (Jasra, Stephens, Doucet, Tsagaris, *Inference for Lévy-driven stochastic
     volatility models via adaptive sequential Monte Carlo*, Scandinavian Journal of Statistics 38, 2011), on a grid.
     """
     if not least_share:
-        weights = torch.softmax(power * log_confidence, dim=0) * len(log_confidence)
+        weights = torch.softmax(power * log_trust, dim=0) * len(log_trust)
         return weights, weights.square().mean().reciprocal()
-    powers = power * torch.linspace(0, 1, _POWERS + 1, device=log_confidence.device, dtype=log_confidence.dtype)
-    weights = torch.softmax(powers[:, None] * log_confidence, dim=1) * len(log_confidence)
+    powers = power * torch.linspace(0, 1, _POWERS + 1, device=log_trust.device, dtype=log_trust.dtype)
+    weights = torch.softmax(powers[:, None] * log_trust, dim=1) * len(log_trust)
     shares = weights.square().mean(dim=1).reciprocal()
     # At power 0 the share is 1, so that one of them always qualifies.
     best = torch.arange(len(powers), device=shares.device).where(shares >= least_share, 0).amax()

@@ -72,21 +72,21 @@ class TransportPlan:
 
     def log_mass(self, v: Tensor, t: Tensor) -> Tensor:
         """`log dσ(v, t) = (f(v) + g(t) - C(v, t))/ε`, `(B,)`: the plan's density at the pairs `(v_i, t_i)`, against
-        the product of the marginals."""
-        v, t = v.detach().float(), t.detach().float()
-        own_cost = 1.0 - (v * t).sum(dim=1)
-        return (self.image_potential(v) + self.text_potential(t) - own_cost) / self.epsilon
+        the product of the marginals. Where the plan does not couple, the mean of its row's and its column's."""
+        row, column = self._log_masses(v, t)
+        return (row + column) / 2
 
-    def log_confidence(self, v: Tensor, t: Tensor) -> Tensor:
-        """The logarithm of `confidence`, `(B,)`; it does not underflow."""
+    def _log_masses(self, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """`log_mass` as the row at `v_i` and as the column at `t_i` have it."""
         v, t = v.detach().float(), t.detach().float()
         own_cost = 1.0 - (v * t).sum(dim=1)
         f, g = self.image_potential(v), self.text_potential(t)
+        return (f + self._own(g) - own_cost) / self.epsilon, (self._own(f) + g - own_cost) / self.epsilon
+
+    def log_confidence(self, v: Tensor, t: Tensor) -> Tensor:
+        """The logarithm of `confidence`, `(B,)`; it does not underflow."""
         # Beside N support points of weight 1/N each, a pair of that weight and of mass m takes the share m / (m + N).
-        row, column = (
-            F.logsigmoid((potentials - own_cost) / self.epsilon - math.log(len(self)))
-            for potentials in (f + self._own(g), self._own(f) + g)
-        )
+        row, column = (F.logsigmoid(mass - math.log(len(self))) for mass in self._log_masses(v, t))
         return row + column
 
     def confidence(self, v: Tensor, t: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import argparse
 
 from openclip_otco.cache import FeatureWindow, PlanCache
 from openclip_otco.callback import PlanCacheCallback
-from openclip_otco.loss import OTCOLoss
+from openclip_otco.loss import TRUSTS, OTCOLoss
 from openclip_otco.models import check_model, model_configs, prepare_model, register_models
 from openclip_otco.options import Option, add_options, check_options, check_run, count, end, positive, share, weight
 from openclip_otco.ot.shards import ALONE, DistributedShards
@@ -31,6 +31,9 @@ OPTIONS = (
            choices=("in", "out")),
     Option("--otco-confidence", 0.25, "Power of the plan confidence that weighs each pair, 0 = off.", weight,
            "0 or more"),
+    Option("--otco-trust", "share",
+           "What confidence raises to its power: a pair's share of the plan, or the probability that it is matched.",
+           choices=TRUSTS),
     Option("--otco-least-share", 0.5, "Least effective share of the batch that confidence leaves, 0 = no limit.",
            share, "in [0, 1]"),
     Option("--otco-divergence-weight", 0.0, "Weight of the Sinkhorn divergence between images and texts, 0 = off.",
@@ -77,6 +80,7 @@ class OTCOPlugin:
             epsilon=args.otco_epsilon,
             least_share=args.otco_least_share,
             own_pair=args.otco_own_pair == "in",
+            trust=args.otco_trust,
             local_loss=args.local_loss,
             gather_with_grad=args.gather_with_grad,
             cache_labels=True,

@@ -134,6 +134,16 @@ def test_every_plan_goes_to_the_writer_on_the_step_axis():
     assert all(isinstance(value, float | int) for _, value, _ in writer.scalars)
 
 
+def test_the_share_of_matched_pairs_goes_to_the_writer():
+    callback, writer = make_callback(), Writer()
+    callback.loss.trust = "posterior"
+    callback.on_train_start(step=0, total_steps=100)
+    train(callback, range(8), writer)
+    shares = [value for tag, value, _ in writer.scalars if tag == "train/otco_matched_share"]
+    assert shares
+    assert all(0 <= value <= 1 for value in shares)
+
+
 def test_every_plan_goes_to_wandb_on_the_step_axis(monkeypatch):
     logged = []
     fake = types.SimpleNamespace(log=lambda metrics, step: logged.append((step, metrics)))

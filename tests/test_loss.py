@@ -12,7 +12,7 @@ from conftest import free_port, paired_features
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.loss import ClipLoss
-from scipy.optimize import brentq
+from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 from openclip_otco import OTCOLoss, PlanSolver, TransportPlan
@@ -164,11 +164,40 @@ def test_one_pair_far_ahead_does_not_take_all():
     assert float(weights[7]) < 20
 
 
-def test_wrong_captions_hardly_pull(plan):
+def test_posterior_weights_are_their_formula(plan):
+    images, texts = paired_features(64, seed=2)
+    texts = torch.cat([texts[:40], texts[40:].roll(7, 0)])
+    loss = OTCOLoss(confidence=1.0, trust="posterior")
+    loss.set_plans([plan], plan)
+    weights = loss._weights(Features(images, texts))
+    ratio = plan.log_mass(images, texts).double().exp()
+    share = minimize_scalar(lambda p: -float((p * ratio + 1 - p).log().mean()), bounds=(0, 1), method="bounded").x
+    posterior = share * ratio / (share * ratio + 1 - share)
+    torch.testing.assert_close(weights.double(), posterior / posterior.mean(), rtol=1e-3, atol=1e-4)
+    assert float(loss.matched_share) == pytest.approx(share, abs=1e-3)
+
+
+def test_clean_pairs_of_a_sharp_plan_weigh_one():
+    sharp = PlanSolver(0.03).solve(*paired_features(256, seed=1))
+    images, texts = paired_features(64, seed=2)
+    loss = OTCOLoss(confidence=1.0, trust="posterior")
+    loss.set_plans([sharp], sharp)
+    assert loss._weights(Features(images, texts)) == pytest.approx(torch.ones(64), abs=0.05)
+    assert float(loss.matched_share) > 0.95
+
+
+def test_an_unknown_trust_is_refused():
+    with pytest.raises(ValueError, match="trust must be one of share, posterior; got 'blind'"):
+        OTCOLoss(trust="blind")
+
+
+@pytest.mark.parametrize(("trust", "epsilon"), [("share", 0.1), ("posterior", 0.03)])
+def test_wrong_captions_hardly_pull(trust, epsilon):
+    plan = PlanSolver(epsilon).solve(*paired_features(128, seed=1))
     images, texts = paired_features(64, seed=2)
     wrong = torch.arange(64) >= 40
     texts = torch.where(wrong[:, None], texts.roll(7, 0), texts)
-    loss = OTCOLoss(confidence=1.0)
+    loss = OTCOLoss(confidence=1.0, trust=trust)
     loss.set_plans([plan], plan)
     weights = loss._weights(Features(images, texts))
     assert weights[~wrong].mean() > 5 * weights[wrong].mean()
@@ -227,13 +256,14 @@ def _rank(rank: int, world: int, port: int, folder: Path) -> None:
     out = {}
     for local_loss, gather_with_grad in itertools.product([False, True], repeat=2):
         settings = {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "rank": rank, "world_size": world}
-        with_plan = OTCOLoss(confidence=1.0, transport_weight=0.5, **settings)
-        with_plan.set_plans([plan], plan)
-        losses = {"clip": ClipLoss(**settings), "without": OTCOLoss(confidence=1.0, **settings), "with": with_plan}
+        losses = {"clip": ClipLoss(**settings), "without": OTCOLoss(confidence=1.0, **settings)}
+        for trust in ("share", "posterior"):
+            losses[trust] = OTCOLoss(confidence=1.0, transport_weight=0.5, trust=trust, **settings)
+            losses[trust].set_plans([plan], plan)
         losses["divergence"] = OTCOLoss(confidence=0, divergence_weight=2.0, **settings)
         for name, loss in losses.items():
             out[f"{name}-{local_loss}-{gather_with_grad}"] = gradients(loss, images, texts)
-        assert all(torch.equal(x, y) for x, y in zip(with_plan.gathered, everyone, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(losses["share"].gathered, everyone, strict=True))
     torch.save(out, folder / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -258,11 +288,12 @@ def test_ranks_without_plans_are_clip_loss_to_the_bit(ranks, local_loss, gather_
 
 
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), SETTINGS)
-def test_ranks_with_plans_equal_one(ranks, plan, local_loss, gather_with_grad):
-    loss = OTCOLoss(confidence=1.0, transport_weight=0.5)
+@pytest.mark.parametrize("trust", ["share", "posterior"])
+def test_ranks_with_plans_equal_one(ranks, plan, local_loss, gather_with_grad, trust):
+    loss = OTCOLoss(confidence=1.0, transport_weight=0.5, trust=trust)
     loss.set_plans([plan], plan)
     total, *grads, _ = gradients(loss, *paired_features(64, seed=2))
-    with_plan = [rank[f"with-{local_loss}-{gather_with_grad}"] for rank in ranks]
+    with_plan = [rank[f"{trust}-{local_loss}-{gather_with_grad}"] for rank in ranks]
     torch.testing.assert_close(torch.stack([rank[0] for rank in with_plan]).mean(), total, rtol=1e-5, atol=0)
     if local_loss and not gather_with_grad:
         return  # OpenCLIP leaves out what the other ranks' rows would give: another gradient, by its own choice

@@ -193,13 +193,13 @@ def test_loss_and_callback_get_the_flags(plugin, parse):
         "--otco-confidence", "2", "--otco-transport-weight", "0.25", "--otco-divergence-weight", "0.5",
         "--otco-epsilon", "0.07", "--otco-window", "3", "--otco-cache-size", "5", "--otco-plans-per-step", "2",
         "--otco-warmup", "0.2", "--otco-max-support", "99", "--otco-initial-plan", "emd",
-        "--otco-additive-error", "0.3", "--otco-least-share", "0.4",
+        "--otco-additive-error", "0.3", "--otco-least-share", "0.4", "--otco-trust", "posterior",
     )  # fmt: skip
     loss = plugin.create_loss(args)
     assert isinstance(loss, OTCOLoss)
     assert (loss.confidence, loss.transport_weight, loss.divergence_weight, loss.epsilon) == (2, 0.25, 0.5, 0.07)
     assert loss.local_loss
-    assert loss.least_share == 0.4
+    assert (loss.least_share, loss.trust) == (0.4, "posterior")
     (callback,) = plugin.create_callbacks(args, loss)
     assert (callback.window.steps, callback.window.max_support, callback.cache.size) == (3, 99, 5)
     assert (callback.plans_per_step, callback.warmup, callback.log_every) == (2, 0.2, 10)

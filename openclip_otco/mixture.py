@@ -1,0 +1,43 @@
+"""Which pairs of a batch are matched: a mixture of the plan and of the product of its marginals."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Halvings of the interval that holds the share: finer than float32.
+_BISECTIONS = 30
+# Beyond this a ratio of densities says no more, and its exponential stays finite.
+_LARGEST_LOG_RATIO = 60.0
+
+
+def matched_share(log_ratio: Tensor) -> Tensor:
+    """Share `π` of matched pairs, a scalar in `[0, 1]`, by maximum likelihood.
+
+    Two groups (Efron, *Microarrays, empirical Bayes and the two-groups model*, Statistical Science 23, 2008): a share
+    `π` of the pairs comes from a density that is `r = exp(log_ratio)` times that of pairs put together at random; the
+    rest was put together at random. The likelihood `Π_i (π r_i + 1 - π)` is log-concave in `π`.
+
+    Args:
+        log_ratio: `(n,)`, such as a plan's `log dσ/d(a⊗b)` at each pair.
+    """
+    # In float64: near the ends the derivative is a difference of large sums.
+    ratio = log_ratio.double().clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO).exp()
+    low, high = torch.zeros_like(ratio[0]), torch.ones_like(ratio[0])
+    for _ in range(_BISECTIONS):
+        share = (low + high) / 2
+        rising = ((ratio - 1) / (share * ratio + 1 - share)).sum() > 0
+        low, high = torch.where(rising, share, low), torch.where(rising, high, share)
+    share = (low + high) / 2
+    # At the ends the derivative need not vanish.
+    share = torch.where((1 - 1 / ratio).sum() >= 0, torch.ones_like(share), share)
+    share = torch.where((ratio - 1).sum() <= 0, torch.zeros_like(share), share)
+    return share.to(log_ratio.dtype)
+
+
+def log_posterior(log_ratio: Tensor, share: Tensor) -> Tensor:
+    """`log( r_i / (π r_i + 1 - π) )`, `(n,)`: the log-probability that a pair is matched, less the constant `log π`.
+
+    Without it the value is finite for `π = 0` too, where only the order of the pairs is left; with `π = 1` all are 0.
+    """
+    return log_ratio - torch.logaddexp(share.log() + log_ratio, torch.log1p(-share))
