@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install patch lint test quickstart results study study-quick bench scaling clean
+.PHONY: install patch lint browser test quickstart results study study-quick bench scaling screenshots clean
 
 install: patch
 
@@ -25,7 +25,19 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: install
+# For the tests of the pages. Without one, and without the right to install Debian's, these are skipped and say so.
+browser:
+	@for program in chromium-headless-shell chromium chromium-browser google-chrome google-chrome-stable; do \
+		if command -v $$program >/dev/null; then exit 0; fi; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		export DEBIAN_FRONTEND=noninteractive; echo 'Installing a headless Chromium for the tests of the pages'; \
+		apt-get -qq update; \
+		apt-get -qq install -y --no-install-recommends chromium-headless-shell fonts-dejavu-core >/dev/null || \
+			apt-get -qq install -y --no-install-recommends chromium fonts-dejavu-core >/dev/null || \
+			echo 'No Chromium can be installed here: the tests that need one will be skipped'; \
+	else echo 'No Chromium here: the tests that need one will be skipped'; fi
+
+test: install browser
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 quickstart: install
@@ -50,6 +62,14 @@ bench: install
 
 scaling: install
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/scaling.py --out runs/scaling
+
+# From the quickstart's run, whose last lines are the commands used here; scenes are ours to publish.
+SHOWN := runs/quickstart/runs/mismatch-40--otco--s0
+screenshots: quickstart browser
+	$(BIN)/openclip-otco audit --checkpoint $(SHOWN)/checkpoints/epoch_6.pt --out $(SHOWN)/audit \
+		--data 'runs/quickstart/data/mismatch-40/train/{0000..0007}.tar'
+	$(BIN)/openclip-otco inspect $(SHOWN)
+	$(BIN)/python benchmarks/screenshots.py $(SHOWN)/audit/gallery.html $(SHOWN)/inspect.html --out docs
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hook_fixtures import lab, original, patched  # noqa: F401 (fixtures for all)
+from page_fixtures import browser, visit  # noqa: F401
 from torch import Tensor
 
 # Model hubs may be out of reach, and no test needs them.
