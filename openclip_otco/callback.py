@@ -17,9 +17,16 @@ from openclip_otco.solver import PlanSolver
 
 
 class ScalarWriter(Protocol):
-    """What is used of TensorBoard's `SummaryWriter`."""
+    """What is used of TensorBoard's `SummaryWriter` for numbers."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
+
+
+class PlanWriter(ScalarWriter, Protocol):
+    """What is used of TensorBoard's `SummaryWriter` for numbers and figures of plans."""
+
+    def add_histogram(self, tag: str, values: Any, global_step: int) -> None: ...
+    def add_image(self, tag: str, img_tensor: Any, global_step: int, dataformats: str) -> None: ...
 
 
 class PlanCacheCallback:
@@ -37,7 +44,8 @@ class PlanCacheCallback:
         plans_per_step: `K >= 1`, plans drawn each step.
         warmup: share of all steps, in `[0, 1]`, before the plans act.
         device: where resumed plans go; made ones are where the features are.
-        log_every: steps between two log lines; TensorBoard and W&B get every plan.
+        log_every: steps between two log lines, and between two figures for TensorBoard; every plan's scalars go there
+            and to W&B.
         master: whether this process logs.
         wandb: whether to log to W&B.
 
@@ -73,7 +81,7 @@ class PlanCacheCallback:
         self._next_line = self._next_warning = 0
         self._failure: Exception | None = None
 
-    def on_train_start(self, *, step: int, total_steps: int, writer: ScalarWriter | None = None) -> None:
+    def on_train_start(self, *, step: int, total_steps: int, writer: PlanWriter | None = None) -> None:
         """Called once with the first step to run and the number of all steps."""
         self.warmup_steps = math.ceil(self.warmup * total_steps)
         self._next_line = step
@@ -86,7 +94,7 @@ class PlanCacheCallback:
         epoch: int,
         features: Mapping[str, Tensor],
         losses: Mapping[str, Tensor],
-        writer: ScalarWriter | None = None,
+        writer: PlanWriter | None = None,
     ) -> None:
         """Called after each optimizer step; every `Δ` of them make a plan."""
         gathered = self.loss.gathered or (features["image_features"], features["text_features"])
@@ -107,10 +115,10 @@ class PlanCacheCallback:
                 self._log(plan, writer)
         self._set_plans(step + 1)
 
-    def on_epoch_end(self, *, epoch: int, step: int, writer: ScalarWriter | None = None) -> None:
+    def on_epoch_end(self, *, epoch: int, step: int, writer: PlanWriter | None = None) -> None:
         """Nothing to do: windows run on from epoch to epoch."""
 
-    def on_train_end(self, *, step: int, writer: ScalarWriter | None = None) -> None:
+    def on_train_end(self, *, step: int, writer: PlanWriter | None = None) -> None:
         if self.master and self.made + self.skipped:
             logging.info(
                 f"OTCO Plans: {self.made} made, {self.skipped} skipped, {self.window.dropped} non-finite pairs dropped"
@@ -177,25 +185,39 @@ class PlanCacheCallback:
         else:
             self.loss.set_plans(self.cache.draw(self.plans_per_step, step), self.cache.newest)
 
-    def _log(self, plan: TransportPlan, writer: ScalarWriter | None) -> None:
+    def _log(self, plan: TransportPlan, writer: PlanWriter | None) -> None:
         if not self.master:
             return
         metrics = dict(plan.diagnostics)
+        # Of the oldest plan that a coming step may draw.
+        metrics["cache_age"] = plan.step - min(self.cache)
         if self.loss.effective_share is not None:
             metrics["effective_share"] = float(self.loss.effective_share)
         if self.loss.matched_share is not None:
             metrics["matched_share"] = float(self.loss.matched_share)
         metrics["skipped"] = self.skipped
-        if plan.step >= self._next_line:
+        due = plan.step >= self._next_line
+        if due:
             self._next_line = plan.step + self.log_every
             logging.info(f"OTCO Plan: {self.made} (step {plan.step}, N {len(plan)}) " + _line(metrics))
         if writer is not None:
             for name, value in metrics.items():
                 writer.add_scalar(f"train/otco_{name}", value, plan.step)
+            if due:  # not for every plan: pictures would fill the disk
+                self._add_figures(plan, writer)
         if self.wandb:
             import wandb
 
             wandb.log({f"train/otco_{name}": value for name, value in metrics.items()}, step=plan.step)
+
+    def _add_figures(self, plan: TransportPlan, writer: PlanWriter) -> None:
+        # Not at the top: it loads matplotlib, which a run without TensorBoard does without.
+        from openclip_otco.inspect.tensorboard import add_figures
+
+        try:
+            add_figures(writer, plan)
+        except Exception as error:  # no picture is worth a run
+            logging.warning(f"OTCO plan at step {plan.step}: no figures. {type(error).__name__}: {error}")
 
 
 def _line(metrics: Mapping[str, float]) -> str:
