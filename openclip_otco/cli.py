@@ -13,6 +13,10 @@ COMMANDS = {
     "patch": ("openclip_otco.patching", "give OpenCLIP's training script its plugin point, or take it away again"),
     "scenes": ("openclip_otco.scenes.shards", "render pairs of a scene and its caption as webdataset shards"),
     "evaluate": ("openclip_otco.evaluate.command", "measure retrieval and zero-shot classification of a checkpoint"),
+    "inspect": (
+        "openclip_otco.inspect.command",
+        "show a run, finished or not, on one page: curves, plans, hard negatives",
+    ),
     "compare": ("openclip_otco.study.compare", "train the same model with several losses and compare them"),
 }
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from hook_fixtures import Lab, Run, assert_equal
+
+from openclip_otco.evaluate.checkpoint import params as read_params
+from openclip_otco.inspect.history import read_history
 
 OTCO = "otco = openclip_otco.plugin:OTCOPlugin"
 FEW_STEPS = ("--otco-window", "3", "--otco-warmup", "0", "--otco-transport-weight", "0.5", "--otco-confidence", "0.5")
@@ -57,6 +61,24 @@ def test_plans_reach_tensorboard_on_open_clips_step_axis(otco: Run) -> None:
     tags = set(events.Tags()["scalars"])
     assert {"train/loss", "train/otco_objective", "train/otco_drift_text", "train/otco_seconds"} <= tags
     assert [event.step for event in events.Scalars("train/otco_own_pair_mass")] == list(range(2, 50, 3))
+    assert "train/otco_confidence" in events.Tags()["histograms"]
+    assert "train/otco_plan_block" in events.Tags()["images"]
+
+
+@pytest.mark.training
+def test_the_log_tells_the_same_history_as_tensorboard(otco: Run, tmp_path: Path) -> None:
+    """What `inspect` reads of a run whose events are gone: the same steps and, as far as they are logged, values."""
+    params = read_params(otco.folder / "checkpoints" / "epoch_1.pt")
+    events = read_history(otco.folder, params)
+    shutil.copy(otco.folder / "out.log", tmp_path)
+    log = read_history(tmp_path, params)
+    assert (events.sources, log.sources) == (["TensorBoard's events"], ["out.log"])
+    assert log.losses.keys() == events.losses.keys() == {"loss", "contrastive_loss", "transport_loss"}
+    assert log.plans.keys() >= {"objective", "entropy", "own_pair_mass", "drift_image", "cache_age", "seconds"}
+    for mine, theirs in ((log.losses, events.losses), (log.plans, events.plans)):
+        for name, curve in mine.items():
+            assert curve, name
+            assert curve == {step: pytest.approx(theirs[name][step], rel=2e-3, abs=1e-4) for step in curve}
 
 
 @pytest.mark.training

@@ -45,11 +45,11 @@ def params(checkpoint: Path) -> dict[str, Any]:
     return found
 
 
-def state_dict(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The model's weights in a checkpoint; no code in the file is run (`weights_only`).
+def read(checkpoint: Path) -> dict[str, Any]:
+    """All that is in a checkpoint; no code in the file is run (`weights_only`).
 
     Raises:
-        EvaluationError: the file is missing, or holds no weights.
+        EvaluationError: the file is missing, broken, not written to its end, or no checkpoint.
     """
     if not checkpoint.is_file():
         raise EvaluationError(f"CHECKPOINT {checkpoint}: no such file")
@@ -58,7 +58,19 @@ def state_dict(checkpoint: Path) -> dict[str, torch.Tensor]:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EvaluationError(f"CHECKPOINT {checkpoint}: cannot be read: {reason}") from error
-    weights = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        raise EvaluationError(f"CHECKPOINT {checkpoint}: holds no weights of a model under `state_dict`")
+    return content
+
+
+def state_dict(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The model's weights in a checkpoint.
+
+    Raises:
+        EvaluationError: the file cannot be read, or holds no weights.
+    """
+    content = read(checkpoint)
+    weights = content.get("state_dict", content)
     if not weights or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
         raise EvaluationError(f"CHECKPOINT {checkpoint}: holds no weights of a model under `state_dict`")
     return {_bare(name): weight for name, weight in weights.items()}

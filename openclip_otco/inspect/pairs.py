@@ -1,0 +1,75 @@
+"""Pairs to look at: the first ones of a run's shards, with features, captions and thumbnails."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from openclip_otco.evaluate import EvaluationError, samples
+from openclip_otco.evaluate.encoder import Encoder
+
+# Longer side of a thumbnail in pixels: sharp on a dense screen at the size at which pages show it.
+_SIDE = 192
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One pair as a reader sees it; `thumbnail` is a JPEG file, or None where only features are known."""
+
+    key: str
+    caption: str
+    thumbnail: bytes | None
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """`n` pairs: how they look, and their `(n, d)` unit-norm features."""
+
+    shown: tuple[Pair, ...]
+    images: Tensor
+    texts: Tensor
+
+
+def encode_pairs(encoder: Encoder, data: str, count: int, batch_size: int, workers: int) -> Pairs:
+    """The first `count` pairs of the shards `data`; of an image with several captions, the first caption.
+
+    Raises:
+        EvaluationError: a shard cannot be read, features are not finite, or there are fewer than two pairs.
+    """
+    prepare = functools.partial(_prepared, preprocess=encoder.preprocess)
+    shown: list[Pair] = []
+    images, texts = [], []
+    with tqdm(total=count, desc="pairs", unit="pair", disable=None) as bar:
+        for batch in samples.batches(data, prepare, min(batch_size, count), workers):
+            batch = [sample for sample in batch if sample.captions][: count - len(shown)]
+            if batch:
+                images.append(encoder.images([sample.image[0] for sample in batch]))
+                texts.append(encoder.texts([sample.captions[0] for sample in batch]))
+                shown += [Pair(sample.key, sample.captions[0], sample.image[1]) for sample in batch]
+                bar.update(len(batch))
+            if len(shown) >= count:
+                break
+    if len(shown) < 2:
+        raise EvaluationError(f"--data {data}: has no two images with captions (.txt, .json)")
+    return Pairs(tuple(shown), torch.cat(images), torch.cat(texts))
+
+
+def thumbnail(image: Image.Image, side: int = _SIDE) -> bytes:
+    """`image` as a small JPEG file; pictures smaller than `side` pixels keep their size."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def _prepared(image: Image.Image, preprocess: Callable[[Any], Any]) -> tuple[Any, bytes]:
+    return preprocess(image), thumbnail(image)
