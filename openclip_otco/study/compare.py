@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from openclip_otco.study import results, shards
+from openclip_otco.study import look, results, shards
 from openclip_otco.study.child import Launcher
 from openclip_otco.study.lock import locked
 from openclip_otco.study.progress import Progress
@@ -134,6 +134,8 @@ def report(study: Study, out: Path, found: Sequence[Result]) -> None:
     print(page)
     for path in (out / "table.md", *pictures):
         print(path)
+    if pages := look.commands(study, runs(study, out), {result.run for result in found}):
+        print("\nSee what the plans see, on two pages:", *pages, sep="\n")
 
 
 def commands(study: Study, out: Path, trainer: Sequence[str] = OPEN_CLIP) -> list[str]:
