@@ -69,7 +69,8 @@ screenshots: quickstart browser
 	$(BIN)/openclip-otco audit --checkpoint $(SHOWN)/checkpoints/epoch_6.pt --out $(SHOWN)/audit \
 		--data 'runs/quickstart/data/mismatch-40/train/{0000..0007}.tar'
 	$(BIN)/openclip-otco inspect $(SHOWN)
-	$(BIN)/python benchmarks/screenshots.py $(SHOWN)/audit/gallery.html $(SHOWN)/inspect.html --out docs
+	$(BIN)/python benchmarks/screenshots.py $(SHOWN)/audit/gallery.html
+	$(BIN)/python benchmarks/screenshots.py $(SHOWN)/inspect.html --height 2300
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

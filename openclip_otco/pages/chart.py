@@ -50,7 +50,7 @@ class Chart:
     across: str = "step"
 
     width, height = 480, 230
-    left, right, top, bottom = 58, 468, 12, 196
+    left, right, top, bottom = 62, 468, 12, 192
 
     @classmethod
     def of(
