@@ -12,12 +12,14 @@ from openclip_otco.version import __version__
 
 if TYPE_CHECKING:
     from openclip_otco.cache import FeatureWindow, PlanCache
+    from openclip_otco.calibrate import CalibratedRetriever
     from openclip_otco.callback import PlanCacheCallback
     from openclip_otco.loss import OTCOLoss
     from openclip_otco.plan import TransportPlan
     from openclip_otco.solver import PlanSolver
 
 _HOME = {
+    "CalibratedRetriever": "calibrate",
     "FeatureWindow": "cache",
     "OTCOLoss": "loss",
     "PlanCache": "cache",
@@ -25,7 +27,16 @@ _HOME = {
     "PlanSolver": "solver",
     "TransportPlan": "plan",
 }
-__all__ = ["FeatureWindow", "OTCOLoss", "PlanCache", "PlanCacheCallback", "PlanSolver", "TransportPlan", "__version__"]
+__all__ = [
+    "CalibratedRetriever",
+    "FeatureWindow",
+    "OTCOLoss",
+    "PlanCache",
+    "PlanCacheCallback",
+    "PlanSolver",
+    "TransportPlan",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -13,6 +13,7 @@ import torch
 from openclip_otco.evaluate import EvaluationError
 from openclip_otco.evaluate.encoder import Encoder
 from openclip_otco.frozen.towers import FrozenTower, freeze_towers
+from openclip_otco.plan import TransportPlan
 
 # What DistributedDataParallel and torch.compile put before the names of weights.
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -74,6 +75,21 @@ def state_dict(checkpoint: Path) -> dict[str, torch.Tensor]:
     if not weights or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
         raise EvaluationError(f"CHECKPOINT {checkpoint}: holds no weights of a model under `state_dict`")
     return {_bare(name): weight for name, weight in weights.items()}
+
+
+def cached_plans(checkpoint: Path) -> list[TransportPlan]:
+    """The transport plans that `--loss otco` left in a checkpoint, oldest first; none where another loss trained it.
+
+    Raises:
+        EvaluationError: the file is missing, or its plans cannot be used.
+    """
+    plugins = read(checkpoint).get("plugins")
+    if not isinstance(plugins, dict) or "otco" not in plugins:
+        return []
+    try:
+        return [TransportPlan.from_state_dict(plan) for plan in plugins["otco"]["cache"]["plans"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise EvaluationError(f"CHECKPOINT {checkpoint}: its cached plans cannot be used: {error}") from error
 
 
 def load(

@@ -1,0 +1,315 @@
+"""Plan-calibrated retrieval: similarities to which the potentials of a plan over training features are added.
+
+In high dimensions a few points, the hubs, are near to everything and come up for queries that are not theirs (Dinu,
+Lazaridou and Baroni, *Improving zero-shot learning by mitigating the hubness problem*, ICLR workshop 2015). Cures weigh
+a candidate by how near it is to a bank of other queries: the inverted softmax (Smith et al., ICLR 2017), querybank
+normalisation (Bogolin et al., CVPR 2022). A potential of the entropic plan (method, section 3) does so as well:
+`g(t) = -ε log 1/N Σ_i exp((f_i - C(v_i, t))/ε)` is low for a text near to many training images `v_i`, of which those
+count more that few training texts are near to. With all `f_i = 0`, adding it is the inverted softmax at temperature
+`ε`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openclip_otco.ot.cost import full_precision
+from openclip_otco.plan import TransportPlan
+from openclip_otco.solver import PlanSolver
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+WAYS = ("image_to_text", "text_to_image")
+# Chosen on Flickr8k (docs/calibrate.md).
+EPSILON = 0.1
+# The largest support whose cost is kept as a matrix.
+MAX_SUPPORT = 8192
+
+# Entries of a tile of scores: 64 MiB in float32.
+_TILE = 2**24
+# Rows of the gallery in a tile, at most.
+_GALLERY_TILE = 2**14
+# Half precision leaves norms that differ from one by a percent.
+_NORM_ERROR = 0.02
+
+Array = TypeVar("Array", Tensor, "NDArray")
+
+
+class Hits(NamedTuple, Generic[Array]):
+    """What a search found: row `i` of both, `(n, k)`, are the candidates of query `i`, best first."""
+
+    indices: Array
+    """Rows of the gallery, int64."""
+    scores: Array
+    """Calibrated similarities; they order the candidates of one query, and their level means nothing."""
+
+
+class CalibratedRetriever:
+    """Search by `s(v, t) + g(t)` for the texts of images, by `s(v, t) + f(v)` for the images of texts.
+
+    `s` is the cosine; `g` and `f` are the potentials that a plan gives to the candidates, in the same units. The plan
+    is one of *training* features: calibrated on the queries themselves, the answer to one would depend on the others,
+    and a test set would tell of its own pairs. The potentials of several plans are averaged, which evens out what is
+    chance in each.
+
+    Queries and gallery are `(n, d)` and `(m, d)` unit-norm features of the model that gave the training features,
+    either both numpy or both torch, of any floating type; half precision is taken to float32. The work is done on the
+    device of the plans, a tile at a time: beyond potentials and results it takes `O(tile)` memory, whatever the size of
+    the gallery, which may be a `numpy.memmap`.
+
+    Args:
+        plans: one plan or several, of one width and on one device.
+
+    Raises:
+        ValueError: no plan, one without potentials (`coupled=False`), or plans of different widths or devices.
+
+    Example::
+
+        >>> import torch
+        >>> from openclip_otco import CalibratedRetriever
+        >>> train_images, train_texts, images, texts = (
+        ...     torch.nn.functional.normalize(torch.randn(n, 16), dim=1) for n in (256, 256, 3, 1000))
+        >>> retriever = CalibratedRetriever.from_features(train_images, train_texts)
+        >>> hits = retriever.search(images, texts, k=5)
+        >>> tuple(hits.indices.shape), tuple(hits.scores.shape)
+        ((3, 5), (3, 5))
+        >>> potentials = retriever.potentials(texts)  # once for a gallery that is searched again and again
+        >>> again = retriever.search(images, texts, k=5, potentials=potentials)
+        >>> torch.equal(again.indices, hits.indices)
+        True
+        >>> tuple(retriever.search(texts, images, k=2, way="text_to_image").indices.shape)
+        (1000, 2)
+    """
+
+    def __init__(self, plans: TransportPlan | Sequence[TransportPlan]) -> None:
+        self.plans = (plans,) if isinstance(plans, TransportPlan) else tuple(plans)
+        if not self.plans:
+            raise ValueError("calibration needs a plan")
+        if not all(plan.coupled for plan in self.plans):
+            raise ValueError("calibration needs potentials, which a plan of the coupling `softmax` does not have")
+        places = {(plan.image_features.shape[1], plan.image_features.device) for plan in self.plans}
+        if len(places) > 1:
+            raise ValueError(f"plans must have one width and one device; got {sorted(map(str, places))}")
+
+    @classmethod
+    def from_features(
+        cls,
+        image_features: Array,
+        text_features: Array,
+        epsilon: float = EPSILON,
+        max_support: int = MAX_SUPPORT,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> CalibratedRetriever:
+        """Couples training features.
+
+        Args:
+            image_features, text_features: `(N, d)` unit-norm features, row `i` of both one pair; numpy or torch.
+            epsilon: `ε > 0`, in units of the cosine: small ones follow single training points, large ones take away no
+                more than a candidate's mean similarity.
+            max_support: most pairs to couple; of more a seeded subsample is taken. Above 8,192 no matrix is kept, and
+                the solver becomes slower.
+            seed: of the subsample.
+            device: where to solve and search; that of the features if they are tensors, else the CPU.
+
+        Raises:
+            TypeError: features that are neither numpy arrays nor tensors, or not floating.
+            ValueError: empty, of different shapes, not of unit norm, not finite; a setting out of its range.
+            RuntimeError: Sinkhorn stopped far from its marginals, as at a very small `ε`.
+        """
+        if _shape(image_features, "image_features") != _shape(text_features, "text_features"):
+            raise ValueError(
+                f"image_features and text_features must be pairs, (N, d) each; got {tuple(image_features.shape)} "
+                f"and {tuple(text_features.shape)}"
+            )
+        if max_support < 1:
+            raise ValueError(f"max_support must be at least 1; got {max_support}")
+        if device is None:
+            device = image_features.device if isinstance(image_features, Tensor) else "cpu"
+        chosen: Tensor | slice = slice(None)
+        if len(image_features) > max_support:
+            generator = torch.Generator().manual_seed(seed)
+            chosen = torch.randperm(len(image_features), generator=generator)[:max_support].sort().values
+        images = _rows(image_features, chosen, torch.device(device), "image_features").float()
+        texts = _rows(text_features, chosen, torch.device(device), "text_features").float()
+        return cls(PlanSolver(epsilon=epsilon).solve(images, texts))
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Path | str, epsilon: float | None = None, device: torch.device | str = "cpu"
+    ) -> CalibratedRetriever:
+        """The plans that `--loss otco` cached in a checkpoint of OpenCLIP's training script.
+
+        Args:
+            checkpoint: the file, as `runs/NAME/checkpoints/epoch_N.pt`.
+            epsilon: couples the cached features anew where a plan has another one; `None`: as they were coupled.
+            device: where to search.
+
+        Raises:
+            ValueError: it cannot be read or holds no plans with potentials.
+        """
+        from openclip_otco.evaluate.checkpoint import cached_plans
+
+        plans = [plan.to(device) for plan in cached_plans(Path(checkpoint))]
+        if not plans:
+            raise ValueError(
+                f"{checkpoint}: holds no cached plans; it was not trained with --loss otco, or not for long enough"
+            )
+        return cls([recoupled(plan, epsilon) for plan in plans])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the work is done."""
+        return self.plans[0].f.device
+
+    def to(self, device: torch.device | str) -> CalibratedRetriever:
+        """The same retriever on another device."""
+        return CalibratedRetriever([plan.to(device) for plan in self.plans])
+
+    @full_precision
+    def potentials(self, gallery: Array, way: str = "image_to_text") -> Array:
+        """`(m,)` float32, the number that is added to each candidate's similarity, in units of the cosine.
+
+        As `s + g = [q, 1] · [x, g]`, an index for inner products can hold the gallery with one more coordinate.
+
+        Args:
+            gallery: `(m, d)` features of texts for `image_to_text`, of images for `text_to_image`.
+            way: from what to what the search goes.
+
+        Raises:
+            TypeError, ValueError: as `search` does.
+        """
+        self._check(gallery, way, "gallery")
+        parts = [
+            self._potentials(_rows(gallery, tile, self.device, "gallery"), way)
+            for tile in _slices(len(gallery), _GALLERY_TILE)
+        ]
+        return _like(torch.cat(parts), gallery)
+
+    @full_precision
+    def search(
+        self,
+        queries: Array,
+        gallery: Array,
+        k: int = 10,
+        way: str = "image_to_text",
+        potentials: Array | None = None,
+    ) -> Hits[Array]:
+        """The `k` best candidates of each query, best first; of candidates with equal scores any may come first.
+
+        Args:
+            queries: `(n, d)` features of images for `image_to_text`, of texts for `text_to_image`.
+            gallery: `(m, d)` features of the other side.
+            k: `1 <= k <= m`.
+            way: from what to what the search goes.
+            potentials: `(m,)`, what `potentials` gave for this gallery and way; made here if `None`.
+
+        Returns:
+            Indices and scores, `(n, k)` each, numpy or torch as the queries are, and on their device.
+
+        Raises:
+            TypeError: arrays of two kinds, neither numpy nor torch, or not floating.
+            ValueError: wrong shapes or width, `k` beyond the gallery, an unknown way; features that are not finite or
+                not of unit norm.
+        """
+        self._check(queries, way, "queries")
+        self._check(gallery, way, "gallery")
+        if isinstance(queries, Tensor) != isinstance(gallery, Tensor):
+            raise TypeError(
+                f"queries and gallery must be of one kind; got {type(queries).__name__} and {type(gallery).__name__}"
+            )
+        m = len(gallery)
+        if not 1 <= k <= m:
+            raise ValueError(f"k must lie in 1 to {m}, the size of the gallery; got {k}")
+        if potentials is None:
+            potentials = self.potentials(gallery, way)
+        elif tuple(potentials.shape) != (m,):
+            raise ValueError(f"potentials must be ({m},), one for each row of the gallery; got {potentials.shape}")
+        added = torch.as_tensor(potentials, device=self.device)
+        columns = min(m, _GALLERY_TILE)
+        found = [
+            self._best(_rows(queries, tile, self.device, "queries"), gallery, added, k)
+            for tile in _slices(len(queries), max(1, _TILE // (columns + k)))
+        ]
+        scores, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return Hits(_like(indices, queries), _like(scores, queries))
+
+    def _best(self, queries: Tensor, gallery: Array, added: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Scores and indices, `(n, k)` each: the best so far beside those of the next tile of the gallery."""
+        best = queries.new_empty(len(queries), 0)
+        indices = torch.empty(len(queries), 0, dtype=torch.int64, device=self.device)
+        for tile in _slices(len(gallery), _GALLERY_TILE):
+            candidates = _rows(gallery, tile, self.device, "gallery")
+            dtype = torch.promote_types(queries.dtype, candidates.dtype)
+            scores = queries.to(dtype) @ candidates.to(dtype).T + added[tile]
+            top, column = scores.topk(min(k, scores.shape[1]), dim=1)
+            both = torch.cat([best, top], dim=1)
+            best, place = both.topk(min(k, both.shape[1]), dim=1)
+            indices = torch.cat([indices, column + tile.start], dim=1).gather(1, place)
+        return best, indices
+
+    def _potentials(self, candidates: Tensor, way: str) -> Tensor:
+        if way == "image_to_text":
+            found = [plan.text_potential(candidates) for plan in self.plans]
+        else:
+            found = [plan.image_potential(candidates) for plan in self.plans]
+        return torch.stack(found).mean(dim=0)
+
+    def _check(self, features: Array, way: str, name: str) -> None:
+        if way not in WAYS:
+            raise ValueError(f"way must be one of {', '.join(WAYS)}; got {way!r}")
+        width = self.plans[0].image_features.shape[1]
+        if _shape(features, name)[1] != width:
+            raise ValueError(f"{name} must be {width} wide, as the plan's features are; got {tuple(features.shape)}")
+
+
+def recoupled(plan: TransportPlan, epsilon: float | None) -> TransportPlan:
+    """`plan` if it is of this `ε` (or of any, for `None`), else the plan of its features that is.
+
+    Raises:
+        ValueError, RuntimeError: as `PlanSolver` does.
+    """
+    if epsilon is None or epsilon == plan.epsilon:
+        return plan
+    return PlanSolver(epsilon=epsilon).solve(plan.image_features, plan.text_features, plan.step)
+
+
+def _shape(features: Array, name: str) -> tuple[int, int]:
+    if not isinstance(features, Tensor | np.ndarray):
+        raise TypeError(f"{name} must be a numpy array or a torch tensor; got {type(features).__name__}")
+    if features.ndim != 2 or 0 in features.shape:
+        raise ValueError(f"{name} must be a non-empty (n, d) matrix; got {tuple(features.shape)}")
+    return features.shape[0], features.shape[1]
+
+
+def _rows(features: Array, index: slice | Tensor, device: torch.device, name: str) -> Tensor:
+    """Some rows of checked features, on `device`, in float32 or wider."""
+    if isinstance(features, Tensor):
+        rows = features.detach()[index if isinstance(index, slice) else index.to(features.device)]
+    else:
+        # A copy, as torch wants to be able to write to what it gets, and a memory map may not let it.
+        rows = torch.from_numpy(np.array(features[index if isinstance(index, slice) else index.numpy()]))
+    if not rows.is_floating_point():
+        raise TypeError(f"{name} must be floating; got {features.dtype}")
+    rows = rows.to(device).to(torch.promote_types(rows.dtype, torch.float32))
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    # A NaN or an infinity among the numbers fails this as well.
+    if not bool(((norms - 1).abs() <= _NORM_ERROR).all()):
+        raise ValueError(f"{name} must be finite and of unit norm; got norms of {norms.min():.3g} to {norms.max():.3g}")
+    return rows
+
+
+def _like(result: Tensor, example: Array) -> Array:
+    """`result` as numpy or torch, whichever `example` is, and on its device."""
+    return result.to(example.device) if isinstance(example, Tensor) else result.cpu().numpy()
+
+
+def _slices(n: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
