@@ -22,6 +22,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy
 from torchmetrics.functional.retrieval import retrieval_hit_rate
 
+from openclip_otco import CalibratedRetriever, PlanCache, PlanSolver
 from openclip_otco.evaluate import EvaluationError, checkpoint, command, ranks, samples
 from openclip_otco.evaluate.classification import class_features, classification
 from openclip_otco.evaluate.retrieval import retrieval
@@ -98,10 +99,30 @@ def test_a_caption_twice_is_a_tie_for_both_images() -> None:
     assert found["image_to_text_R@1"] == found["text_to_image_R@1"] == 0.5
 
 
-def test_similarity_can_be_replaced() -> None:
+def test_potentials_are_added_to_candidates() -> None:
     images, texts, owner = related(20, [2] * 20, seed=3)
-    upside_down = retrieval(images, texts, owner, similarity=lambda queries, candidates: -queries @ candidates.T)
-    assert upside_down == pytest.approx(retrieval(images, -texts, owner))
+    image, text = torch.rand(20), torch.rand(40)
+    found = retrieval(images, texts, owner, image, text)
+    # The same as one more coordinate, the other side's being one.
+    ones = torch.ones(40, 1)
+    to_text = retrieval(torch.cat([images, ones[:20]], 1), torch.cat([texts, text[:, None]], 1), owner)
+    to_image = retrieval(torch.cat([images, image[:, None]], 1), torch.cat([texts, ones], 1), owner)
+    for name, value in found.items():
+        if name.startswith(("image_to_text", "text_to_image")):
+            assert value == pytest.approx((to_text if name.startswith("image") else to_image)[name])
+    assert found["rsum"] != retrieval(images, texts, owner)["rsum"]
+
+
+def test_recalls_with_potentials_are_those_of_search() -> None:
+    images, texts, owner = related(30, [3] * 30, seed=4)
+    train = related(50, [1] * 50, seed=5)
+    retriever = CalibratedRetriever.from_features(*train[:2])
+    found = retrieval(images, texts, owner, retriever.potentials(images, "text_to_image"), retriever.potentials(texts))
+    to_text = owner[retriever.search(images, texts, 10).indices] == torch.arange(30)[:, None]
+    to_image = retriever.search(texts, images, 10, "text_to_image").indices == owner[:, None]
+    for way, own in (("image_to_text", to_text), ("text_to_image", to_image)):
+        for k in (1, 5, 10):
+            assert found[f"{way}_R@{k}"] == pytest.approx(own[:, :k].any(dim=1).double().mean().item())
 
 
 @given(st.integers(2, 12), st.integers(1, 60), st.integers(0, 1000))
@@ -305,6 +326,92 @@ def test_retrieval_of_a_checkpoint(
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "found.json").read_bytes()
 
 
+def training_shard(path: Path) -> str:
+    """Twelve images of two captions each."""
+    files = {}
+    for number in range(12):
+        files[f"{number}.png"] = picture(100 + number)
+        files[f"{number}.txt"] = f"a thing of kind {number}\nmore of {number}".encode()
+    write_shard(path, files)
+    return str(path)
+
+
+def encoded(path: Path, data: str) -> tuple[Tensor, Tensor, Tensor]:
+    encoder = checkpoint.load(path)
+    found = [sample for batch in samples.batches(data, encoder.preprocess, 4, 0) for sample in batch]
+    images = encoder.images([sample.image for sample in found])
+    texts = encoder.texts([text for sample in found for text in sample.captions])
+    return images, texts, torch.tensor([row for row, sample in enumerate(found) for _ in sample.captions])
+
+
+def calibrated(images: Tensor, texts: Tensor, owner: Tensor, retriever: CalibratedRetriever) -> dict[str, float]:
+    potentials = retriever.potentials(images, "text_to_image"), retriever.potentials(texts, "image_to_text")
+    return retrieval(images, texts, owner, *potentials)
+
+
+@pytest.mark.parametrize("pairs", [7, 100])
+def test_retrieval_calibrated_by_shards(
+    model: torch.nn.Module, captioned: str, tmp_path: Path, capsys: pytest.CaptureFixture, pairs: int
+) -> None:
+    path, train = save(model, tmp_path), training_shard(tmp_path / "train.tar")
+    words = (path, "--data", captioned, "--batch-size", 4, "--out", tmp_path / "found.json")
+    assert command.run(arguments(*words)) == 0
+    plain = json.loads((tmp_path / "found.json").read_text())
+    calibrate = ("--calibrate", "--calibrate-data", train, "--calibrate-pairs", pairs)
+    assert command.run(arguments(*words, *calibrate)) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {name: found[name] for name in plain} == plain
+    count = min(pairs, 24)
+    assert found["calibration"] == {"data": train, "plans": [{"step": 0, "pairs": count, "epsilon": 0.1}]}
+    rsum, gain = (
+        found["calibrated_retrieval"]["rsum"],
+        found["calibrated_retrieval"]["rsum"] - plain["retrieval"]["rsum"],
+    )
+    out = capsys.readouterr().out
+    assert f"Calibrated by {count} training pairs, epsilon 0.1: rsum {rsum:.1f} ({gain:+.1f})" in out
+    assert "| image to text | " in out
+    assert "| text to image, calibrated | " in out
+
+    images, texts, owner = encoded(path, train)
+    retriever = CalibratedRetriever.from_features(images[owner][:pairs], texts[:pairs])
+    assert found["calibrated_retrieval"] == calibrated(*encoded(path, captioned), retriever)
+
+
+def test_retrieval_calibrated_by_cached_plans(
+    model: torch.nn.Module, captioned: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = save(model, tmp_path)
+    images, texts, owner = encoded(path, training_shard(tmp_path / "train.tar"))
+    cache = PlanCache()
+    for step, part in enumerate((slice(0, 12), slice(12, 24))):
+        cache.add(PlanSolver(epsilon=0.07).solve(images[owner][part], texts[part], step=step))
+    content = torch.load(path)
+    torch.save({**content, "plugins": {"otco": {"cache": cache.state_dict()}}}, path)
+    words = (path, "--data", captioned, "--calibrate", "--out", tmp_path / "found.json")
+    for epsilon in (0.07, 0.2):
+        assert command.run(arguments(*words, *(("--calibrate-epsilon", epsilon) if epsilon != 0.07 else ()))) == 0
+        assert f"2 cached plans of 12 pairs, epsilon {epsilon}" in capsys.readouterr().out
+        found = json.loads((tmp_path / "found.json").read_text())
+        retriever = CalibratedRetriever.from_checkpoint(path, epsilon)
+        assert found["calibrated_retrieval"] == calibrated(*encoded(path, captioned), retriever)
+        steps = [{"step": step, "pairs": 12, "epsilon": epsilon} for step in range(2)]
+        assert found["calibration"] == {"data": None, "plans": steps}
+
+
+def test_nothing_is_calibrated_on_what_it_is_measured_on(
+    model: torch.nn.Module, captioned: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = save(model, tmp_path)
+    (tmp_path / "link.tar").symlink_to(tmp_path / "1.tar")
+    train = training_shard(tmp_path / "train.tar")
+    for data in (captioned, str(tmp_path / "0.tar"), f"{train}::{tmp_path / 'link.tar'}"):
+        assert command.run(arguments(path, "--data", captioned, "--calibrate", "--calibrate-data", data)) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"openclip-otco evaluate: --calibrate-data {data}: ")
+        assert "belongs to --data; calibrate on training shards" in err
+        assert len(err.splitlines()) == 1
+
+
 def test_classification_of_a_checkpoint(model: torch.nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = save(model, tmp_path)
     labels = [2, 0, 1, 1, 0, 2, 2]
@@ -356,6 +463,17 @@ def torn(path: Path) -> None:
         ({"a.png": picture(0), "a.txt": b"x"}, ("--classes", "names.txt"), "the shards hold no classes (.cls)"),
         ({}, ("--classes", "nowhere.txt"), "--classes nowhere.txt: cannot be read"),
         ({}, ("--templates", "names.txt"), "--templates: needs --classes"),
+        ({}, ("--calibrate-data", "bare.tar"), "--calibrate-data: needs --calibrate"),
+        ({}, ("--calibrate",), "epoch_1.pt: holds no cached plans"),
+        ({}, ("--calibrate",), "name training shards by --calibrate-data"),
+        ({}, ("--calibrate", "--calibrate-data", "no.tar"), "--calibrate-data no.tar: 1 of 1 shards do not exist"),
+        ({}, ("--calibrate", "--calibrate-data", "names.txt"), "--calibrate-data names.txt: "),
+        ({}, ("--calibrate", "--calibrate-data", "bare.tar"), "--calibrate-data bare.tar: no captions (.txt, .json)"),
+        (
+            {"a.png": picture(0), "a.cls": b"0"},
+            ("--calibrate", "--calibrate-data", "train.tar"),
+            "--calibrate: --data data.tar holds no captions (.txt, .json) to retrieve",
+        ),
         ({}, ("--classes", "names.txt", "--templates", "names.txt"), "'dog' needs one {c} where the class name goes"),
         ({}, ("--model", "ViT-0"), "--model ViT-0: "),
         ({}, ("--model", "RN50"), "is not of model RN50 (--model): Missing key(s)"),
@@ -374,6 +492,8 @@ def test_what_cannot_be_evaluated_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("names.txt").write_text("dog\ncat\n")
+    write_shard(Path("bare.tar"), {"a.png": picture(0), "a.cls": b"0"})
+    training_shard(Path("train.tar"))
     write_shard(Path("data.tar"), files or {"a.png": picture(0), "a.txt": b"a dog"})
     path = save(model, Path())
     assert command.run(arguments(path, "--data", "data.tar", "--workers", 0, *words)) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from openclip_otco.evaluate import EvaluationError, samples
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from openclip_otco.calibrate import CalibratedRetriever
     from openclip_otco.evaluate.encoder import Encoder
     from openclip_otco.evaluate.samples import Sample
 
@@ -36,6 +38,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         type=Path,
         help="prompts, one a line, with {c} for the class name (default: 7 of OpenCLIP's)",
+    )
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="also retrieval calibrated by plans over training features (default: those that the checkpoint caches)",
+    )
+    parser.add_argument(
+        "--calibrate-data",
+        metavar="SHARDS",
+        help="training shards, whose first pairs are coupled instead; for checkpoints that hold no plans",
+    )
+    parser.add_argument(
+        "--calibrate-pairs",
+        type=_positive,
+        default=4096,
+        metavar="N",
+        help="pairs of --calibrate-data to couple (%(default)s)",
+    )
+    parser.add_argument(
+        "--calibrate-epsilon",
+        type=_positive_number,
+        metavar="EPSILON",
+        help="regularization of the plans, in units of the cosine (default: that of the cached plans, else 0.1)",
     )
     parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images at once (%(default)s)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that decode (%(default)s)")
@@ -70,7 +95,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     # Not at the top: they load torch, which `--help` does without.
     import torch
 
-    from openclip_otco.evaluate import checkpoint
+    from openclip_otco.evaluate import calibration, checkpoint
     from openclip_otco.evaluate import classification as zero_shot
     from openclip_otco.evaluate.retrieval import retrieval
 
@@ -81,7 +106,12 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         raise EvaluationError("--templates: needs --classes")
     names = zero_shot.read_lines("--classes", args.classes) if args.classes else []
     templates = zero_shot.read_templates(args.templates) if args.templates else _default_templates()
+    if args.calibrate_data:
+        if not args.calibrate:
+            raise EvaluationError("--calibrate-data: needs --calibrate")
+        calibration.check_apart(args.data, args.calibrate_data)
     encoder = checkpoint.load(args.checkpoint, args.model, args.precision, args.device)
+    retriever = _retriever(encoder, args) if args.calibrate else None
     image_features, captions, labels = _images(encoder, args, total)
 
     found: dict[str, Any] = {
@@ -92,7 +122,22 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     }
     if captions[0]:
         text_image = torch.tensor([image for image, texts in enumerate(captions) for _ in texts])
-        found["retrieval"] = retrieval(image_features, _texts(encoder, captions, args.batch_size), text_image)
+        text_features = _texts(encoder, captions, args.batch_size)
+        found["retrieval"] = retrieval(image_features, text_features, text_image)
+        if retriever is not None:
+            found["calibrated_retrieval"] = retrieval(
+                image_features,
+                text_features,
+                text_image,
+                retriever.potentials(image_features, "text_to_image"),
+                retriever.potentials(text_features, "image_to_text"),
+            )
+            found["calibration"] = {
+                "data": args.calibrate_data,
+                "plans": [{"step": plan.step, "pairs": len(plan), "epsilon": plan.epsilon} for plan in retriever.plans],
+            }
+    elif args.calibrate:
+        raise EvaluationError(f"--calibrate: --data {args.data} holds no captions (.txt, .json) to retrieve")
     encoder.save_frozen()
     if labels and names:
         if not 0 <= min(labels) <= max(labels) < len(names):
@@ -112,26 +157,52 @@ def page(found: dict[str, Any]) -> str:
     """The metrics as Markdown tables, recalls and accuracies in percent."""
     lines = [f"{found['checkpoint']}: {found['model']}, {found['precision']}"]
     if metrics := found.get("retrieval"):
-        lines += [
-            "",
-            f"Retrieval: {metrics['images']} images, {metrics['texts']} texts, rsum {metrics['rsum']:.1f}",
-            "",
-        ]
-        rows = [
-            [
-                way.replace("_", " "),
-                *(f"{100 * metrics[f'{way}_R@{k}']:.1f}" for k in (1, 5, 10)),
-                f"{metrics[f'{way}_mean_rank']:.1f}",
-                f"{metrics[f'{way}_median_rank']:.0f}",
-            ]
-            for way in ("image_to_text", "text_to_image")
-        ]
-        lines += _table(["", "R@1", "R@5", "R@10", "mean rank", "median rank"], rows)
+        lines += ["", f"Retrieval: {metrics['images']} images, {metrics['texts']} texts, rsum {metrics['rsum']:.1f}"]
+        rows = _retrieval_rows(metrics)
+        if calibrated := found.get("calibrated_retrieval"):
+            gain = calibrated["rsum"] - metrics["rsum"]
+            lines += [f"Calibrated by {_plans(found['calibration'])}: rsum {calibrated['rsum']:.1f} ({gain:+.1f})"]
+            rows += _retrieval_rows(calibrated, ", calibrated")
+            rows = rows[::2] + rows[1::2]
+        lines += ["", *_table(["", "R@1", "R@5", "R@10", "mean rank", "median rank"], rows)]
     if metrics := found.get("classification"):
         lines += ["", f"Zero-shot classification: {metrics['images']} images, {metrics['classes']} classes", ""]
         shares = [name for name in metrics if name not in ("images", "classes")]
         lines += _table(shares, [[f"{100 * metrics[name]:.1f}" for name in shares]])
     return "\n".join(lines)
+
+
+def _retriever(encoder: Encoder, args: argparse.Namespace) -> CalibratedRetriever:
+    from openclip_otco.calibrate import EPSILON
+    from openclip_otco.evaluate import calibration
+
+    if not args.calibrate_data:
+        return calibration.of_checkpoint(args.checkpoint, args.calibrate_epsilon, encoder.device)
+    epsilon = args.calibrate_epsilon or EPSILON
+    return calibration.of_shards(
+        encoder, args.calibrate_data, args.calibrate_pairs, epsilon, args.batch_size, args.workers
+    )
+
+
+def _retrieval_rows(metrics: dict[str, float], suffix: str = "") -> list[list[str]]:
+    return [
+        [
+            way.replace("_", " ") + suffix,
+            *(f"{100 * metrics[f'{way}_R@{k}']:.1f}" for k in (1, 5, 10)),
+            f"{metrics[f'{way}_mean_rank']:.1f}",
+            f"{metrics[f'{way}_median_rank']:.0f}",
+        ]
+        for way in ("image_to_text", "text_to_image")
+    ]
+
+
+def _plans(calibration: dict[str, Any]) -> str:
+    first, *others = calibration["plans"]
+    if calibration["data"]:
+        what = f"{first['pairs']} training pairs"
+    else:
+        what = f"{1 + len(others)} cached plans of {first['pairs']} pairs"
+    return f"{what}, epsilon {first['epsilon']:g}"
 
 
 def _images(encoder: Encoder, args: argparse.Namespace, total: int | None) -> tuple[Tensor, list[list[str]], list[int]]:
@@ -185,4 +256,11 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+def _positive_number(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError("must be a positive number")
     return number

@@ -1,11 +1,7 @@
 """Ranks: how many candidates come before a query's own, tile by tile."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-
-Similarity = Callable[[Tensor, Tensor], Tensor]
 
 # Entries of a tile of similarities: 64 MiB in float32, whatever the number of candidates.
 _TILE = 2**24
@@ -13,17 +9,12 @@ _TILE = 2**24
 TIE = 1e-6
 
 
-def cosine(queries: Tensor, candidates: Tensor) -> Tensor:
-    """Rows of the similarity matrix, `(n, m)`, of unit-norm features `(n, d)` and `(m, d)`."""
-    return queries @ candidates.T
-
-
 def ranks(
     queries: Tensor,
     candidates: Tensor,
     query_group: Tensor,
     candidate_group: Tensor,
-    similarity: Similarity = cosine,
+    potentials: Tensor | None = None,
 ) -> Tensor:
     """Number of foreign candidates that are at least as similar to a query as the best candidate of its own group.
 
@@ -32,11 +23,11 @@ def ranks(
     are not used here; without ties they are equal.
 
     Args:
-        queries: `(n, d)`, finite.
-        candidates: `(m, d)`, finite.
+        queries: `(n, d)`, unit norm.
+        candidates: `(m, d)`, unit norm.
         query_group: `(n,)`, numbers of groups.
         candidate_group: `(m,)`; each query's group has a candidate.
-        similarity: gives rows of the similarity matrix for some queries and all candidates.
+        potentials: `(m,)`, what is added to the cosines of each candidate; nothing where `None`.
 
     Returns:
         `(n,)`, 0 for a query whose own candidate comes first; recall at K is the share of ranks below K.
@@ -44,7 +35,9 @@ def ranks(
     found = []
     rows = max(1, _TILE // len(candidates))
     for query, group in zip(queries.split(rows), query_group.split(rows), strict=True):
-        scores = similarity(query, candidates)
+        scores = query @ candidates.T
+        if potentials is not None:
+            scores += potentials
         own = group[:, None] == candidate_group
         best = scores.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
         found.append(((scores >= best - TIE) & ~own).sum(dim=1))

@@ -3,13 +3,17 @@
 import torch
 from torch import Tensor
 
-from openclip_otco.evaluate.ranks import Similarity, cosine, ranks
+from openclip_otco.evaluate.ranks import ranks
 
 KS = (1, 5, 10)
 
 
 def retrieval(
-    image_features: Tensor, text_features: Tensor, text_image: Tensor, similarity: Similarity = cosine
+    image_features: Tensor,
+    text_features: Tensor,
+    text_image: Tensor,
+    image_potentials: Tensor | None = None,
+    text_potentials: Tensor | None = None,
 ) -> dict[str, float]:
     """Recall at 1, 5 and 10 both ways, and mean and median rank, under OpenCLIP's names.
 
@@ -19,7 +23,8 @@ def retrieval(
         image_features: `(n, d)`, unit norm.
         text_features: `(m, d)`, unit norm.
         text_image: `(m,)`, the image of each text, 0 to n - 1; every image has a text.
-        similarity: gives rows of the similarity matrix, queries first.
+        image_potentials: `(n,)`, added to the similarities of each image when it is a candidate (`calibrate.py`).
+        text_potentials: `(m,)`, the same of each text.
 
     Returns:
         Recalls in 0 to 1, ranks counted from 1; `rsum`, the sum of the six recalls in percent, 0 to 600; `images` n and
@@ -27,8 +32,8 @@ def retrieval(
     """
     numbers = torch.arange(len(image_features))
     found = {
-        "image_to_text": ranks(image_features, text_features, numbers, text_image, similarity),
-        "text_to_image": ranks(text_features, image_features, text_image, numbers, similarity),
+        "image_to_text": ranks(image_features, text_features, numbers, text_image, text_potentials),
+        "text_to_image": ranks(text_features, image_features, text_image, numbers, image_potentials),
     }
     metrics = {f"{way}_R@{k}": (rank < k).double().mean().item() for way, rank in found.items() for k in KS}
     rsum = 100 * sum(metrics.values())

@@ -1,0 +1,108 @@
+"""Calibration of an evaluation: the plans of training features that a checkpoint holds, or that shards give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from openclip_otco.calibrate import CalibratedRetriever
+from openclip_otco.evaluate import EvaluationError, samples
+
+if TYPE_CHECKING:
+    from openclip_otco.evaluate.encoder import Encoder
+
+
+def of_checkpoint(checkpoint: Path, epsilon: float | None, device: torch.device | str) -> CalibratedRetriever:
+    """By the plans that `--loss otco` cached.
+
+    Raises:
+        EvaluationError: the checkpoint holds none that calibrate, or `epsilon` (`--calibrate-epsilon`) is too small.
+    """
+    try:
+        return CalibratedRetriever.from_checkpoint(checkpoint, epsilon, device)
+    except EvaluationError:
+        raise
+    except ValueError as error:
+        raise EvaluationError(f"--calibrate: {error}; name training shards by --calibrate-data") from error
+    except RuntimeError as error:
+        raise EvaluationError(f"--calibrate-epsilon {epsilon}: {error}") from error
+
+
+def of_shards(
+    encoder: Encoder, data: str, pairs: int, epsilon: float, batch_size: int = 64, workers: int = 1
+) -> CalibratedRetriever:
+    """By a plan over the first pairs of training shards.
+
+    Raises:
+        EvaluationError: shards or `epsilon` (`--calibrate-epsilon`) that cannot be used.
+    """
+    images, texts = training_features(encoder, data, pairs, batch_size, workers)
+    try:
+        return CalibratedRetriever.from_features(images, texts, epsilon, max_support=pairs, device=encoder.device)
+    except RuntimeError as error:
+        raise EvaluationError(f"--calibrate-epsilon {epsilon}: {error}") from error
+
+
+def training_features(
+    encoder: Encoder, data: str, pairs: int, batch_size: int = 64, workers: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Image and text features, `(N, d)` each, of the first `pairs` pairs, or of all where there are fewer.
+
+    An image with several captions makes as many pairs.
+
+    Raises:
+        EvaluationError: shards that cannot be read, or hold no captions.
+    """
+    images: list[Tensor] = []
+    texts: list[Tensor] = []
+    missing = pairs
+    try:
+        with tqdm(total=pairs, desc="training pairs", unit="pair", disable=None) as bar:
+            for batch in samples.batches(data, encoder.preprocess, batch_size, workers):
+                captions = [(row, text) for row, sample in enumerate(batch) for text in sample.captions][:missing]
+                if captions:
+                    features = encoder.images([sample.image for sample in batch])
+                    images.append(features[[row for row, _ in captions]])
+                    texts.append(encoder.texts([text for _, text in captions]))
+                missing -= len(captions)
+                bar.update(len(captions))
+                if not missing:
+                    break
+    except EvaluationError as error:
+        # What reads shards takes them for those of `--data`.
+        raise EvaluationError(f"--calibrate-data {data}: {str(error).removeprefix(f'--data {data}: ')}") from error
+    if not images:
+        raise EvaluationError(f"--calibrate-data {data}: no captions (.txt, .json) beside the images")
+    return torch.cat(images), torch.cat(texts)
+
+
+def check_apart(data: str, training: str) -> None:
+    """Sees to it that nothing is calibrated on what it is measured on.
+
+    Raises:
+        EvaluationError: a shard of `training` is one of `data` as well.
+    """
+    measured = {_identity(shard) for shard in samples.shards(data)}
+    try:
+        shards = samples.shards(training)
+    except EvaluationError as error:
+        raise EvaluationError(f"--calibrate-{str(error).removeprefix('--')}") from error
+    shared = [shard for shard in shards if _identity(shard) in measured]
+    if shared:
+        raise EvaluationError(
+            f"--calibrate-data {training}: {shared[0]} belongs to --data; calibrate on training shards, never on those "
+            "that the result is measured on"
+        )
+
+
+def _identity(shard: str) -> Any:
+    """What two names of one file have in common; the name where the shard is no local file."""
+    try:
+        found = Path(shard).stat()
+    except OSError:
+        return shard
+    return found.st_dev, found.st_ino
