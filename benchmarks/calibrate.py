@@ -1,7 +1,8 @@
 """What plan calibration does for retrieval: checkpoints x sources of the plan x epsilon, a line of JSON each.
 
 Sources: nothing (`none`), the newest plan that the checkpoint caches (`newest`), all of its plans (`cached`), and plans
-over the first pairs of training shards (`shards`). Lines that are there already are not made again.
+over the first pairs of training shards (`shards`). Lines that are there already are not made again; at the end comes a
+table of all that are there, the mean gains over the seeds of a run (`NAME--s0`, `NAME--s1` and so on).
 
     python benchmarks/calibrate.py runs/*/checkpoints/epoch_4.pt --data DEV --calibrate-data TRAIN --out FILE.jsonl
 """
@@ -13,6 +14,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -84,6 +86,25 @@ def study(path: Path, args: argparse.Namespace, done: set[str]) -> None:
             )
 
 
+def table(lines: list[dict[str, Any]]) -> str:
+    """Mean differences of rsum from no calibration, each checkpoint with itself, as Markdown."""
+    plain = {line["run"]: line["retrieval"]["rsum"] for line in lines if line["source"] == "none"}
+    rows: dict[tuple[str, str, int], dict[float, list[float]]] = {}
+    for line in lines:
+        if line["source"] != "none":
+            group = line["run"].rpartition("--s")[0] or line["run"]
+            cells = rows.setdefault((group, line["source"], line["plans"] * line["pairs"]), {})
+            cells.setdefault(line["epsilon"], []).append(line["retrieval"]["rsum"] - plain[line["run"]])
+    epsilons = sorted({epsilon for cells in rows.values() for epsilon in cells})
+    text = [["run", "plan", "pairs", "seeds", *(f"ε = {epsilon:g}" for epsilon in epsilons)]]
+    text.append(["---", "---", *["---:"] * (2 + len(epsilons))])
+    for (group, source, pairs), cells in sorted(rows.items()):
+        seeds = max(map(len, cells.values()))
+        gains = [f"{fmean(cells[epsilon]):+.1f}" if epsilon in cells else "" for epsilon in epsilons]
+        text.append([group, source, f"{pairs:,}", str(seeds), *gains])
+    return "\n".join(f"| {' | '.join(row)} |" for row in text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", type=Path)
@@ -100,6 +121,7 @@ def main() -> None:
             done.add(json.dumps({key: found[key] for key in found if key not in ("solve_seconds", "retrieval")}))
     for path in args.checkpoints:
         study(path, args, done)
+    print(table([json.loads(text) for text in args.out.read_text().splitlines()]))
 
 
 if __name__ == "__main__":
