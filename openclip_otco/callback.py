@@ -212,7 +212,7 @@ class PlanCacheCallback:
 
     def _add_figures(self, plan: TransportPlan, writer: PlanWriter) -> None:
         # Not at the top: it loads matplotlib, which a run without TensorBoard does without.
-        from openclip_otco.inspect.tensorboard import add_figures
+        from openclip_otco.plan_figures import add_figures
 
         try:
             add_figures(writer, plan)

@@ -25,14 +25,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from openclip_otco import FeatureWindow, OTCOLoss, PlanCache, PlanCacheCallback, PlanSolver
+from openclip_otco.block import own_shares, row_shares, support_confidence
 from openclip_otco.inspect import command
-from openclip_otco.inspect.block import own_shares, row_shares, support_confidence
 from openclip_otco.inspect.history import read_history
 from openclip_otco.inspect.negatives import block_of, hardest_negatives, spread
 from openclip_otco.inspect.saved import newest
-from openclip_otco.inspect.tensorboard import add_figures, relative_brightness
 from openclip_otco.inspect.views import compare_views
 from openclip_otco.models import prepare_model, register_models
+from openclip_otco.plan_figures import add_figures, relative_brightness
 from openclip_otco.scenes.shards import Settings, write_scenes
 
 MODEL, WIDTH = "RN10t-bert-tiny", 256

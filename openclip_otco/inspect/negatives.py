@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openclip_otco.inspect.block import row_shares, support_confidence
+from openclip_otco.block import row_shares, support_confidence
 from openclip_otco.plan import TransportPlan
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 
-from openclip_otco.inspect.block import row_shares, support_confidence
+from openclip_otco.block import row_shares, support_confidence
 from openclip_otco.plan import TransportPlan
 
 if TYPE_CHECKING:
