@@ -35,7 +35,8 @@ _PLAN_CHARTS: Sequence[tuple[str, Mapping[str, str], str]] = (
     ("Cache age", {"cache_age": "oldest plan"}, "Steps since the oldest plan in the cache was made."),
     ("Solver time", {"seconds": "seconds"}, "Seconds that a plan took."),
     ("Solver iterations", {"iterations": "iterations"}, "Of Sinkhorn, from the start that it was given."),
-    ("Effective share", {"effective_share": "share"}, "Part of the batch that confidence leaves to carry the loss."),
+    ("Effective share", {"effective_share": "share", "matched_share": "matched pairs"},
+     "Part of the batch that confidence leaves to carry the loss, and of matched pairs with --otco-trust posterior."),
 )  # fmt: skip
 
 
