@@ -17,6 +17,7 @@ COMMANDS = {
         "openclip_otco.inspect.command",
         "show a run, finished or not, on one page: curves, plans, hard negatives",
     ),
+    "audit": ("openclip_otco.audit.command", "find the captions of a data set that do not belong to their images"),
     "compare": ("openclip_otco.study.compare", "train the same model with several losses and compare them"),
 }
 

@@ -16,7 +16,8 @@ from openclip_otco.evaluate import EvaluationError
 
 # OpenCLIP's, in its order of preference.
 IMAGE_TYPES = ("jpg", "png", "jpeg", "webp")
-_BROKEN = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error)
+# What reading a torn shard, or a file that is none, raises.
+BROKEN = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,15 @@ def shards(data: str) -> list[str]:
         EvaluationError: a local shard is missing.
     """
     found = [shard for source in data.split("::") for shard in braceexpand(source)]
-    missing = [shard for shard in found if _is_local(shard) and not Path(shard).is_file()]
+    missing = [shard for shard in found if is_local(shard) and not Path(shard).is_file()]
     if missing:
         raise EvaluationError(f"--data {data}: {len(missing)} of {len(found)} shards do not exist, first {missing[0]}")
     return found
 
 
 def captions(sample: Mapping[str, bytes]) -> list[str]:
-    """All captions of a sample whose files are given by type: `captions` in the `json`, else the lines of each `txt`.
+    """All captions of a sample whose files are given by type: `captions` in the `json`, else the lines of each `txt`,
+    else `caption` in the `json`.
 
     Captions on lines of their own are how clip-benchmark writes its shards for retrieval; `KEY.0.txt` and so on are
     read as well.
@@ -58,17 +60,20 @@ def captions(sample: Mapping[str, bytes]) -> list[str]:
             raise ValueError("`captions` in its .json is no list of texts")
         return listed
     texts = [sample[kind].decode() for kind in sorted(sample) if kind == "txt" or kind.endswith(".txt")]
-    return [line.strip() for text in texts for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
+    if not lines and isinstance(facts, dict) and isinstance(facts.get("caption"), str):
+        return [facts["caption"]]
+    return lines
 
 
 @functools.cache
 def several_captions(data: str) -> bool:
     """Whether images have more than one caption each in the local shards of `data`, as the first sample tells."""
     try:
-        path = next(filter(_is_local, shards(data)))
+        path = next(filter(is_local, shards(data)))
         with tarfile.open(path) as tar:
             return len(captions(_first_sample(tar))) > 1
-    except (StopIteration, *_BROKEN):
+    except (StopIteration, *BROKEN):
         return False
 
 
@@ -80,13 +85,13 @@ def images(data: str) -> int | None:
     """
     total = 0
     for shard in shards(data):
-        if not _is_local(shard):
+        if not is_local(shard):
             return None
         try:
             with tarfile.open(shard) as tar:
                 total += sum(_kind(member.name) in IMAGE_TYPES for member in tar)
-        except _BROKEN as error:
-            raise EvaluationError(f"--data {data}: {shard} is no readable tar file ({_last_line(error)})") from error
+        except BROKEN as error:
+            raise EvaluationError(f"--data {data}: {shard} is no readable tar file ({last_line(error)})") from error
     return total
 
 
@@ -116,7 +121,7 @@ def batches(data: str, preprocess: Callable[[Any], Any], size: int, workers: int
     try:
         yield from loader
     except Exception as error:  # of the decoders, which have no common base, and through a worker as text
-        raise EvaluationError(f"--data {data}: {_last_line(error)}") from error
+        raise EvaluationError(f"--data {data}: {last_line(error)}") from error
 
 
 def _sample(files: dict[str, Any], preprocess: Callable[[Any], Any]) -> Sample:
@@ -131,7 +136,7 @@ def _sample(files: dict[str, Any], preprocess: Callable[[Any], Any]) -> Sample:
         label = int(files["cls"]) if "cls" in files else None
         texts = captions({kind: content for kind, content in files.items() if isinstance(content, bytes)})
     except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"sample {name} cannot be read: {_last_line(error)}") from error
+        raise ValueError(f"sample {name} cannot be read: {last_line(error)}") from error
     return Sample(files["__key__"], image, texts, label)
 
 
@@ -155,11 +160,12 @@ def _kind(name: str) -> str:
     return name.rpartition("/")[2].partition(".")[2].lower()
 
 
-def _is_local(shard: str) -> bool:
+def is_local(shard: str) -> bool:
+    """Whether a shard is a file of this machine, neither a URL nor a `pipe:`."""
     return not shard.startswith("pipe:") and not urlparse(shard).scheme
 
 
-def _last_line(error: Exception) -> str:
+def last_line(error: Exception) -> str:
     """The message alone: what comes out of a worker has its traceback before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,107 @@
+"""Throughput of `openclip-otco audit` beside that of its encoder alone, both from one run.
+
+`python benchmarks/audit.py CHECKPOINT SHARDS FILE.json`; all but the last argument as `audit` takes them. What locked
+towers remembered from a training is forgotten: every image and every caption is encoded. Clocks run around what the
+encoder does, and around what the loader and the encoder do together; the rest of the time is the audit's own: plans,
+judgements, parts, the ranking and the gallery.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openclip_otco.audit import audit
+from openclip_otco.audit.source import open_source
+from openclip_otco.evaluate import checkpoint
+from openclip_otco.evaluate.encoder import Encoder
+
+
+class Clock:
+    """Seconds spent in what it was put around."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def around(self, function: Callable) -> Callable:
+        def timed(*args: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*args)
+            finally:
+                self.seconds += time.perf_counter() - started
+
+        return timed
+
+    def around_each(self, function: Callable[..., Iterator]) -> Callable[..., Iterator]:
+        def timed(*args: Any) -> Iterator:
+            items = function(*args)
+            end = object()
+            while (item := self.around(next)(items, end)) is not end:
+                yield item
+
+        return timed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("data")
+    parser.add_argument("json", type=Path)
+    parser.add_argument("--window", type=int, default=4096)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--device")
+    args = parser.parse_args()
+
+    encoding, streaming, loading = Clock(), Clock(), Clock()
+    load = checkpoint.load
+    with tempfile.TemporaryDirectory() as folder:
+
+        def load_without_memory(*given: Any) -> Encoder:
+            encoder: Encoder = load(*given)
+            for tower in encoder.frozen:
+                tower.folder = Path(folder) / "features"
+            return encoder
+
+        checkpoint.load = loading.around(load_without_memory)
+        audit.stream = streaming.around_each(audit.stream)
+        Encoder.images = encoding.around(Encoder.images)  # type: ignore[method-assign]
+        Encoder.texts = encoding.around(Encoder.texts)  # type: ignore[method-assign]
+        started = time.perf_counter()
+        facts = audit.Audit(
+            args.checkpoint,
+            open_source(args.data, "filepath", "title", "\t"),
+            Path(folder) / "out",
+            window=args.window,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            device=args.device,
+        ).run()
+        seconds = time.perf_counter() - started - loading.seconds
+    found = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() and args.device != "cpu" else "cpu",
+        "threads": torch.get_num_threads(),
+        "workers": args.workers,
+        "batch_size": args.batch_size,
+        **{name: facts[name] for name in ("model", "pairs", "windows", "window", "epsilon")},
+        "seconds": round(seconds, 2),
+        "seconds_of_loader_and_encoder": round(streaming.seconds, 2),
+        "seconds_of_encoder": round(encoding.seconds, 2),
+        "pairs_per_second": round(facts["pairs"] / seconds, 2),
+        "times_loader_and_encoder": round(seconds / streaming.seconds, 4),
+        "times_encoder": round(seconds / encoding.seconds, 4),
+    }
+    args.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The data without the pairs that were dropped: shards or a CSV file as before, and a list of the keys kept."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from openclip_otco.audit import AuditError, table
+from openclip_otco.audit.source import CsvRows, File, Shards, Source, shard_samples
+from openclip_otco.evaluate import samples
+
+KEYS = "clean-keys.txt"
+
+
+def check_target(folder: Path, source: Source) -> None:
+    """Finds out before the work what would make `write_clean` fail after it.
+
+    Raises:
+        AuditError: `folder` is not empty, or the shards of `source` cannot be written there under their own names.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise AuditError(f"--write-clean {folder}: is there and not empty; name a new folder")
+    if isinstance(source, Shards) and all(map(samples.is_local, source.names)):
+        name, count = Counter(Path(name).name for name in source.names).most_common(1)[0]
+        if count > 1:
+            raise AuditError(f"--write-clean: {count} shards are named {name}; audit one --data source at a time")
+
+
+def write_clean(source: Source, parts: Sequence[Path], keep: Callable[[table.Row], bool], folder: Path) -> int:
+    """Write what is kept into `folder`, which appears when all of it is there; number of samples kept.
+
+    Samples that gave no pair (no caption, or an image that cannot be decoded) are dropped with those that lost all of
+    theirs. A sample that keeps some of its captions keeps its other files. Shards that are not local are not written:
+    for them there are the keys.
+
+    Args:
+        source: what was audited.
+        parts: of the audit, in order.
+        keep: says of a row of a part whether the pair stays.
+        folder: missing or empty.
+
+    Raises:
+        AuditError: `source` is not what was audited, or `folder` cannot be written.
+    """
+    partial = folder.parent / f".{folder.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        count = _write_keys(partial / KEYS, parts, keep)
+        kept = _Kept(parts, keep)
+        if isinstance(source, CsvRows):
+            _write_rows(source, kept, partial / source.path.name)
+        elif all(map(samples.is_local, source.names)):
+            sizes = {
+                Path(shard).name: _write_shard(shard, index, kept, partial / Path(shard).name)
+                for index, shard in enumerate(source.names)
+            }
+            (partial / "sizes.json").write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except OSError as error:
+        raise AuditError(f"--write-clean {folder}: cannot be written: {error}") from error
+    return count
+
+
+class _Kept:
+    """Which captions of a sample are kept, asked for in the order of the data."""
+
+    def __init__(self, parts: Sequence[Path], keep: Callable[[table.Row], bool]) -> None:
+        self._samples = _samples(parts, keep)
+        self._next = next(self._samples, None)
+
+    def lines(self, shard: int, number: int) -> tuple[set[int], int]:
+        """The numbers of the captions kept of a sample, and how many it had."""
+        if self._next is None or self._next[0] != (shard, number):
+            return set(), 0
+        (_, found), self._next = self._next, next(self._samples, None)
+        return {row["line"] for row, stays in found if stays}, len(found)
+
+
+def _samples(
+    parts: Sequence[Path], keep: Callable[[table.Row], bool]
+) -> Iterator[tuple[tuple[int, int], list[tuple[table.Row, bool]]]]:
+    """Place, and rows with whether they are kept, of each sample, in the order of the data."""
+    # A part's rows lie in the order of their confidence. A sample may begin in one part and end in the next.
+    columns = ["key", "confidence", "log_confidence", "shard_number", "sample", "line"]
+    in_order = (row for part in parts for row in sorted(table.rows(part, columns), key=table.place))
+    for where, group in itertools.groupby(in_order, key=lambda row: (row["shard_number"], row["sample"])):
+        yield where, [(row, keep(row)) for row in group]
+
+
+def _write_keys(path: Path, parts: Sequence[Path], keep: Callable[[table.Row], bool]) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8") as stream:
+        for _, found in _samples(parts, keep):
+            if any(stays for _, stays in found):
+                key = found[0][0]["key"]
+                # A key with a line break must not smuggle in another.
+                stream.write((key if key.isprintable() else key.encode("unicode_escape").decode()) + "\n")
+                count += 1
+    return count
+
+
+def _write_rows(source: CsvRows, kept: _Kept, path: Path) -> None:
+    number = 0
+    for first, chunk in zip(itertools.chain([True], itertools.repeat(False)), source.chunks(), strict=False):
+        stays = []
+        for _ in range(len(chunk)):
+            stays.append(bool(kept.lines(0, number)[0]))
+            number += 1
+        chunk[stays].to_csv(path, sep=source.separator, index=False, header=first, mode="w" if first else "a")
+
+
+def _write_shard(shard: str, index: int, kept: _Kept, path: Path) -> int:
+    """Number of samples written."""
+    count = 0
+    with tarfile.open(path, "w") as tar:
+        for number, (_, files) in enumerate(shard_samples(shard)):
+            lines, of = kept.lines(index, number)
+            if not lines:
+                continue
+            for file in files if len(lines) == of else _with_captions(files, lines):
+                header = tarfile.TarInfo(file.header.name)
+                for field in ("mode", "mtime", "uid", "gid", "uname", "gname"):
+                    setattr(header, field, getattr(file.header, field))
+                header.size = len(file.content)
+                tar.addfile(header, io.BytesIO(file.content))
+            count += 1
+    return count
+
+
+def _with_captions(files: list[File], lines: set[int]) -> list[File]:
+    """The files of a sample with only those of its captions, wherever they stand."""
+    captions = samples.captions({file.kind: file.content for file in files})
+    kept = [caption for line, caption in enumerate(captions) if line in lines]
+    dropped = {caption.strip() for caption in captions} - {caption.strip() for caption in kept}
+    facts = next((json.loads(file.content) for file in files if file.kind == "json"), None)
+    found = []
+    for file in files:
+        content = file.content
+        if file.kind == "json" and isinstance(facts, dict) and "captions" in facts:
+            content = json.dumps({**facts, "captions": kept}).encode()
+        elif file.kind == "txt" or file.kind.endswith(".txt"):
+            stay = [line for line in content.decode().splitlines() if line.strip() and line.strip() not in dropped]
+            if not stay and file.kind != "txt":
+                continue
+            # OpenCLIP trains on the `.txt`, which must not be left with a caption that was dropped, nor go missing.
+            content = "\n".join(stay or kept[:1]).encode("utf-8", "replace")
+        found.append(File(file.header, file.kind, content))
+    return found

@@ -1,0 +1,132 @@
+"""`openclip-otco audit`: which captions of a data set do not belong to their images."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from openclip_otco.audit import AuditError
+from openclip_otco.evaluate import EvaluationError
+
+OK, UNUSABLE = 0, 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `audit` to `parser`."""
+    parser.add_argument(
+        "--checkpoint", metavar="CHECKPOINT", type=Path, required=True, help="runs/NAME/checkpoints/epoch_N.pt"
+    )
+    parser.add_argument(
+        "--data", metavar="SHARDS", required=True, help="webdataset shards as for --train-data, or a .csv or .tsv file"
+    )
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for table, gallery and parts")
+    parser.add_argument("--model", help="model of the checkpoint (default: that of its run, from params.txt)")
+    parser.add_argument("--precision", help="as in training (default: that of the run, else fp32)")
+    parser.add_argument("--device", help="device to use (default: the run's, where it is there)")
+    parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images at once (%(default)s)")
+    parser.add_argument("--workers", type=_count, default=1, metavar="N", help="processes that decode (%(default)s)")
+    parser.add_argument("--csv-separator", default="\t", help="for csv data, which separator to use (tab)")
+    parser.add_argument("--csv-img-key", default="filepath", help="for csv data, the column of paths (%(default)s)")
+    parser.add_argument("--csv-caption-key", default="title", help="for csv data, that of captions (%(default)s)")
+    parser.add_argument(
+        "--window", type=_positive, default=4096, metavar="N", help="pairs coupled at a time (%(default)s)"
+    )
+    parser.add_argument(
+        "--epsilon", type=_positive_number, help="entropic regularization of the plans (default: that of the run)"
+    )
+    parser.add_argument("--top", type=_positive, default=100, metavar="N", help="pairs in the gallery (%(default)s)")
+    parser.add_argument(
+        "--truth", metavar="FILE", type=Path, help="csv whose column key lists wrong pairs: prints the AUROC"
+    )
+    parser.add_argument(
+        "--write-clean", metavar="DIR", type=Path, help="write the data without the dropped pairs, and the keys kept"
+    )
+    least = parser.add_mutually_exclusive_group()
+    least.add_argument(
+        "--threshold", type=_share, metavar="CONFIDENCE", help="--write-clean drops pairs of less confidence"
+    )
+    least.add_argument("--drop", type=_share, metavar="SHARE", help="--write-clean drops that share, the worst")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what `args` ask for: 0, or 2 after one line about what to change."""
+    # Not at the top: they load torch, which `--help` does without.
+    from openclip_otco.audit.audit import GALLERY, TABLE, Audit
+    from openclip_otco.audit.source import open_source
+
+    try:
+        facts = Audit(
+            args.checkpoint,
+            open_source(args.data, args.csv_img_key, args.csv_caption_key, args.csv_separator),
+            args.out,
+            args.model,
+            args.precision,
+            args.device,
+            args.window,
+            args.epsilon,
+            args.top,
+            args.batch_size,
+            args.workers,
+            args.truth,
+            args.write_clean,
+            args.threshold,
+            args.drop,
+        ).run()
+    except (AuditError, EvaluationError) as error:
+        print(f"openclip-otco audit: {error}", file=sys.stderr)
+        return UNUSABLE
+    print(page(facts))
+    print(f"\nAll pairs, the worst first: {args.out / TABLE}\nThe worst as a page: {args.out / GALLERY}")
+    if args.write_clean is not None:
+        print(f"The data without the dropped pairs: {args.write_clean}")
+    return OK
+
+
+def page(facts: dict[str, Any]) -> str:
+    """The figures of an audit as Markdown."""
+    lines = [
+        f"{facts['checkpoint']}: {facts['model']}, window {facts['window']}, epsilon {facts['epsilon']:g}",
+        "",
+        f"{facts['pairs']} pairs of {facts['images']} samples; {facts['unreadable']} could not be read, "
+        f"{facts['captionless']} have no caption",
+    ]
+    if "auroc_confidence" in facts:
+        lines += [
+            "",
+            f"AUROC against {facts['wrong']} wrong pairs:",
+            "",
+            "| confidence | cosine |",
+            "| ---: | ---: |",
+            f"| {facts['auroc_confidence']:.4f} | {facts['auroc_cosine']:.4f} |",
+        ]
+    return "\n".join(lines)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return number
+
+
+def _positive_number(text: str) -> float:
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError("must be more than 0")
+    return number
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError("must lie in 0 to 1")
+    return number

@@ -1,0 +1,118 @@
+"""The folder of an audit: whose it is, and which windows are done."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from openclip_otco.audit import AuditError, table
+from openclip_otco.audit.pairs import Cursor
+from openclip_otco.study.results import write_text
+
+# Goes up whenever the same settings begin to give other parts.
+_VERSION = 1
+_STATE = "state.json"
+
+
+class AuditFolder:
+    """What an audit has done so far: a Parquet file for each window, each written whole or not at all.
+
+    A process that is killed at any moment leaves parts that are finished, and the next one goes on behind them.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._parts = path / "parts"
+
+    @contextlib.contextmanager
+    def opened(self, settings: dict[str, Any]) -> Iterator[None]:
+        """Holds the folder for the audit of these settings, and makes it where it is missing.
+
+        Args:
+            settings: by flag, plain values: all that decides the rows.
+
+        Raises:
+            AuditError: the folder belongs to another audit or to something else, is in use, or cannot be written.
+        """
+        state = json.loads(json.dumps({"version": _VERSION, **settings}))
+        try:
+            found = self._state()
+            if found is None and self.path.is_dir() and any(self.path.iterdir()):
+                raise AuditError(f"--out {self.path}: holds something that is no audit; name a new folder")
+            self._parts.mkdir(parents=True, exist_ok=True)
+            with open(self._parts / ".lock", "a") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise AuditError(f"--out {self.path}: another audit is at work in it; wait for it") from None
+                if found is None:
+                    write_text(self.path / _STATE, json.dumps(state, indent=1) + "\n")
+                elif differ := [name for name in state if found.get(name) != state[name]]:
+                    raise AuditError(
+                        f"--out {self.path}: holds another audit, which differs in {', '.join(differ)}; "
+                        "name another folder, or delete this one"
+                    )
+                yield
+        except OSError as error:
+            raise AuditError(f"--out {self.path}: cannot be used: {error}") from error
+
+    def parts(self) -> list[Path]:
+        """The finished parts, in the order of the data."""
+        found = list[Path]()
+        while (path := self._part(len(found))).is_file():
+            found.append(path)
+        return found
+
+    def add(self, rows: list[table.Row], end: Cursor, last: bool) -> None:
+        """Keep the next part.
+
+        Args:
+            rows: of the schema `PART` but for its order.
+            end: where the next part begins.
+            last: whether there is none.
+        """
+        note = json.dumps({"end": asdict(end), "last": last})
+        schema = table.PART.with_metadata({"audit": note})
+        table.write(self._part(len(self.parts())), sorted(rows, key=table.order), schema)
+
+    def progress(self) -> tuple[Cursor, bool]:
+        """Where the finished parts end, and whether the data end there, too."""
+        parts = self.parts()
+        if not parts:
+            return Cursor(), False
+        note = json.loads(table.metadata(parts[-1])["audit"])
+        return Cursor(**note["end"]), note["last"]
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """An empty folder that is gone afterwards."""
+        path = self.path / "parts" / ".scratch"
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _state(self) -> dict[str, Any] | None:
+        try:
+            found = json.loads((self.path / _STATE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise AuditError(f"--out {self.path}: its {_STATE} is not an audit's; name another folder")
+        return found
+
+    def _part(self, number: int) -> Path:
+        return self._parts / f"{number:06d}.parquet"

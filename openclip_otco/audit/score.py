@@ -1,0 +1,58 @@
+"""How well a score tells wrong pairs from right ones, where it is known which are wrong."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import rankdata
+
+from openclip_otco.audit import AuditError
+
+
+class Truth:
+    """Which pairs are wrong: a CSV file whose column `key` lists them.
+
+    A sample belongs to a listed key if it bears that key, or that key with `-` and a number behind, as an image whose
+    captions are samples of their own has them.
+
+    Raises:
+        AuditError: the file cannot be read, or has no such column.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open(newline="", encoding="utf-8") as stream:
+                self._keys = {row["key"] for row in csv.DictReader(stream)}
+        except KeyError as error:
+            raise AuditError(f"--truth {path}: has no column `key`") from error
+        except (OSError, ValueError, csv.Error) as error:
+            raise AuditError(f"--truth {path}: cannot be read: {error}") from error
+
+    def is_wrong(self, key: str) -> bool:
+        """Whether the pair of this key is listed."""
+        return key in self._keys or re.sub(r"-\d+$", "", key) in self._keys
+
+
+def auroc(scores: ArrayLike, wrong: ArrayLike) -> float:
+    """The area under the ROC curve: the chance that a right pair scores higher than a wrong one, ties counted half.
+
+    By ranks (Mann and Whitney, 1947).
+
+    Args:
+        scores: `(n,)`.
+        wrong: `(n,)`, boolean.
+
+    Raises:
+        ValueError: all are wrong, or none is.
+    """
+    wrong = np.asarray(wrong, dtype=bool)
+    right_count, wrong_count = int((~wrong).sum()), int(wrong.sum())
+    if not right_count or not wrong_count:
+        raise ValueError("it takes both right and wrong pairs")
+    ranks = rankdata(scores)[~wrong].sum() - right_count * (right_count + 1) / 2
+    return float(ranks / (right_count * wrong_count))

@@ -1,0 +1,190 @@
+"""Where pairs come from: the samples of WebDataset shards, or the rows of a CSV file, from any place on."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from openclip_otco.audit import AuditError
+from openclip_otco.evaluate import samples
+
+# OpenCLIP's `--dataset-type auto` goes by these endings, too.
+CSV_ENDINGS = (".csv", ".tsv")
+_ROWS_AT_A_TIME = 10_000
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample as it was stored: its files by type, or the path of its image and its caption.
+
+    Attributes:
+        shard, number: place of the shard in the data, and of the sample in the shard.
+        key: the name that the data give it; nothing is ever read or written by it.
+        files: contents by type (`jpg`, `txt`), for a sample of a shard.
+        path, caption: of a row of a CSV file.
+    """
+
+    shard: int
+    number: int
+    key: str
+    files: dict[str, bytes] = field(default_factory=dict)
+    path: str | None = None
+    caption: str | None = None
+
+
+class Source(Protocol):
+    """Samples in an order that is always the same."""
+
+    names: list[str]
+
+    def samples(self, shard: int = 0, number: int = 0) -> Iterator[RawSample]:
+        """The samples from sample `number` of shard `shard` on.
+
+        Raises:
+            AuditError: a shard cannot be read.
+        """
+        ...
+
+    def total(self) -> int | None:
+        """Number of images; None where only reading all of it would tell."""
+        ...
+
+    def fingerprint(self) -> list[Any]:
+        """What changes when the data do: plain types."""
+        ...
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a sample in a shard, with its header."""
+
+    header: tarfile.TarInfo
+    kind: str
+    content: bytes
+
+
+def shard_samples(shard: str) -> Iterator[tuple[str, list[File]]]:
+    """Key and files of each sample of a shard: neighbours of one name up to the first dot, as WebDataset has it.
+
+    Args:
+        shard: whatever WebDataset opens: a path, a URL, or `pipe:` and a command.
+
+    Raises:
+        AuditError: it cannot be read to its end.
+    """
+    from webdataset.gopen import gopen
+    from webdataset.tariterators import base_plus_ext
+
+    key, files = None, list[File]()
+    try:
+        with gopen(shard) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # else it keeps the headers of all
+                of, kind = base_plus_ext(member.name)
+                if of is None or not member.isreg():
+                    continue
+                if of != key and files:
+                    yield str(key), files
+                    files = []
+                key = of
+                content = tar.extractfile(member)
+                assert content is not None  # it is a regular file
+                files.append(File(member, kind.lower(), content.read()))
+    except samples.BROKEN as error:
+        raise AuditError(f"--data: {shard} is no readable tar file ({samples.last_line(error)})") from error
+    if files:
+        yield str(key), files
+
+
+class Shards:
+    """WebDataset shards, as OpenCLIP's `--train-data` names them: brace ranges, and sources parted by `::`.
+
+    Raises:
+        EvaluationError: a local shard is missing.
+    """
+
+    def __init__(self, data: str) -> None:
+        self.data = data
+        self.names = samples.shards(data)
+
+    def samples(self, shard: int = 0, number: int = 0) -> Iterator[RawSample]:
+        for index in range(shard, len(self.names)):
+            for place, (key, files) in enumerate(shard_samples(self.names[index])):
+                if index > shard or place >= number:
+                    yield RawSample(index, place, key, {file.kind: file.content for file in files})
+
+    def total(self) -> int | None:
+        return samples.images(self.data)
+
+    def fingerprint(self) -> list[Any]:
+        return [[name, *_stat(Path(name))] if samples.is_local(name) else [name] for name in self.names]
+
+
+class CsvRows:
+    """A CSV file as OpenCLIP's `--dataset-type csv` reads it: a path and a caption in each row.
+
+    Args:
+        path: the file.
+        image_key, caption_key: names of its columns.
+        separator: between them.
+
+    Raises:
+        AuditError: it is missing, or lacks a column.
+    """
+
+    def __init__(self, path: Path, image_key: str, caption_key: str, separator: str) -> None:
+        self.path, self.image_key, self.caption_key, self.separator = path, image_key, caption_key, separator
+        self.names = [str(path)]
+        for chunk in self.chunks():
+            for flag, column in (("--csv-img-key", image_key), ("--csv-caption-key", caption_key)):
+                if column not in chunk.columns:
+                    there = ", ".join(map(str, chunk.columns))
+                    raise AuditError(f"{flag} {column}: {path} has no such column, but {there} (--csv-separator?)")
+            break
+
+    def chunks(self) -> Iterator[Any]:
+        """The rows as data frames of so many, as they stand there."""
+        import pandas
+
+        try:
+            # As text: else a caption such as 007 or None would come back as something else.
+            options = {"sep": self.separator, "dtype": str, "keep_default_na": False}
+            yield from pandas.read_csv(self.path, chunksize=_ROWS_AT_A_TIME, **options)
+        except (OSError, ValueError) as error:
+            raise AuditError(f"--data {self.path}: is no readable CSV file ({samples.last_line(error)})") from error
+
+    def samples(self, shard: int = 0, number: int = 0) -> Iterator[RawSample]:
+        place = 0
+        for chunk in self.chunks():
+            for path, caption in zip(chunk[self.image_key], chunk[self.caption_key], strict=True):
+                if place >= number:
+                    yield RawSample(0, place, path, path=path, caption=caption)
+                place += 1
+
+    def total(self) -> int | None:
+        return sum(map(len, self.chunks()))
+
+    def fingerprint(self) -> list[Any]:
+        return [
+            [str(self.path), *_stat(self.path), self.image_key, self.caption_key, self.separator],
+        ]
+
+
+def open_source(data: str, image_key: str, caption_key: str, separator: str) -> Source:
+    """The source that `data` names: one file that ends as CSV files do, or shards.
+
+    Raises:
+        EvaluationError: a shard is missing.
+        AuditError: the CSV file cannot be used.
+    """
+    if data.endswith(CSV_ENDINGS):
+        return CsvRows(Path(data), image_key, caption_key, separator)
+    return Shards(data)
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns

@@ -1,0 +1,537 @@
+"""`audit`: confidence against dense plans, the stream, parts and table, and the command on shards of a real model."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+import webdataset as wds
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torchmetrics.functional.classification import binary_auroc
+
+from openclip_otco.audit import AuditError, audit, command, table
+from openclip_otco.audit.confidence import judge
+from openclip_otco.audit.score import Truth, auroc
+from openclip_otco.audit.suspects import Worst, thumbnail
+from openclip_otco.audit.windows import windows
+from openclip_otco.evaluate import checkpoint, samples
+from openclip_otco.models import prepare_model, register_models
+from openclip_otco.plan import TransportPlan
+from openclip_otco.solver import PlanSolver
+
+MODEL = "RN10t-bert-tiny"
+
+
+# --- confidence --------------------------------------------------------------------------------------------------
+
+
+def couple(images: list[int], captions: list[int], seed: int, epsilon: float = 0.1, d: int = 6) -> TransportPlan:
+    """The plan of pairs whose images and captions are these, by number; equal numbers have equal features."""
+    generator = torch.Generator().manual_seed(seed)
+    both = F.normalize(torch.randn(2, max(images + captions) + 1, d, generator=generator), dim=-1)
+    return PlanSolver(epsilon=epsilon, tolerance=1e-5).solve(both[0][images], both[1][captions])
+
+
+def dense(plan: TransportPlan) -> np.ndarray:
+    """The plan as a matrix, in double precision."""
+    v, t, f, g = (x.double().numpy() for x in (plan.image_features, plan.text_features, plan.f, plan.g))
+    return np.exp((f[:, None] + g - (1 - v @ t.T)) / plan.epsilon) / len(plan) ** 2
+
+
+@given(st.integers(1, 40), st.integers(0, 1000))
+def test_without_copies_confidence_is_the_shares_of_row_and_column(n: int, seed: int) -> None:
+    plan = couple(list(range(n)), list(range(n)), seed)
+    found = judge(plan, range(n), range(n))
+    mass = dense(plan)
+    expected = np.diag(mass) ** 2 / (mass.sum(axis=0) * mass.sum(axis=1))
+    assert found.log_confidence.exp().tolist() == pytest.approx(expected.tolist(), rel=1e-3)
+    cosine = (plan.image_features * plan.text_features).sum(dim=1)
+    assert found.cosine.tolist() == pytest.approx(cosine.tolist(), abs=1e-6)
+    others = mass - np.diag(np.diag(mass) + 1)
+    assert found.best.tolist() == (others.argmax(axis=1).tolist() if n > 1 else [-1])
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=30), st.integers(0, 1000))
+def test_copies_are_one(pairs: list[tuple[int, int]], seed: int) -> None:
+    images, captions = (list(each) for each in zip(*pairs, strict=True))
+    plan = couple(images, captions, seed)
+    found = judge(plan, [f"image {i}" for i in images], [f"caption {c}" for c in captions])
+    mass = dense(plan)
+    for index, (image, caption) in enumerate(pairs):
+        rows = [k for k, i in enumerate(images) if i == image]
+        columns = [k for k, c in enumerate(captions) if c == caption]
+        copies = pairs.count((image, caption))
+        own = mass[np.ix_(rows, columns)].sum() / copies
+        not_of_image = [k for k, c in enumerate(captions) if (image, c) not in pairs]
+        not_of_caption = [k for k, i in enumerate(images) if (i, caption) not in pairs]
+        row = own / (own + mass[np.ix_(rows, not_of_image)].sum() / len(rows))
+        column = own / (own + mass[np.ix_(not_of_caption, columns)].sum() / len(columns))
+        assert found.log_confidence[index].exp().item() == pytest.approx(row * column, rel=1e-3)
+        if not_of_image:
+            best = max(not_of_image, key=lambda k: mass[index, k])
+            assert mass[index, found.best[index]] == pytest.approx(mass[index, best], rel=1e-4)
+            assert found.best[index] == captions.index(captions[found.best[index]])
+        else:
+            assert found.best[index] == -1
+
+
+def test_an_image_s_other_captions_take_nothing_from_each_other() -> None:
+    # Ten images with five captions each, all right: each caption has a fifth of its image's row.
+    v = torch.eye(16)[:10].repeat_interleave(5, dim=0)
+    t = F.normalize(v + 0.1 * torch.randn(50, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    plan = PlanSolver(epsilon=0.05).solve(v, t)
+    images = [index // 5 for index in range(50)]
+    assert judge(plan, images, range(50)).log_confidence.exp().min() > 0.95
+    assert judge(plan, range(50), range(50)).log_confidence.exp().max() < 0.1
+
+
+def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [index % 37 for index in range(90)]
+    captions = [index % 53 for index in range(90)]
+    plan = couple(images, captions, seed=0)
+    whole = judge(plan, images, captions)
+    monkeypatch.setattr("openclip_otco.audit.confidence.tiles", lambda cost: (slice(i, i + 5) for i in range(0, 37, 5)))
+    in_tiles = judge(plan, images, captions)
+    assert torch.allclose(in_tiles.log_confidence, whole.log_confidence, atol=1e-5)
+    assert torch.equal(in_tiles.best, whole.best)
+
+
+def test_small_masses_do_not_vanish() -> None:
+    # exp(-2/0.01) is no float32 number, and still has its place among others.
+    v = torch.eye(3)
+    t = torch.stack([v[1], v[0], -v[2]])
+    plan = TransportPlan(v, t, torch.zeros(3), torch.zeros(3), epsilon=0.01)
+    found = judge(plan, range(3), range(3))
+    assert found.log_confidence.isfinite().all()
+    assert found.log_confidence[2] < -math.log(1e38)
+    assert found.best.tolist()[:2] == [1, 0]
+
+
+# --- windows, scores, suspects, table ----------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 9), max_size=30), st.integers(1, 20))
+def test_windows_hold_everything_once_and_none_is_tiny(lengths: list[int], size: int) -> None:
+    numbers = iter(range(sum(lengths)))
+    found = list(windows([[next(numbers) for _ in range(length)] for length in lengths], size))
+    assert [number for window in found for number in window] == list(range(sum(lengths)))
+    assert all(len(window) == size for window in found[:-1])
+    if found:
+        assert len(found[-1]) < 1.5 * size
+        assert len(found) == 1 or len(found[-1]) >= 0.5 * size
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([0.1, 0.2, 0.5, 0.9]), st.booleans()), min_size=2, max_size=50).filter(
+        lambda pairs: len({wrong for _, wrong in pairs}) == 2
+    )
+)
+def test_auroc_is_that_of_torchmetrics(pairs: list[tuple[float, bool]]) -> None:
+    scores, wrong = zip(*pairs, strict=True)
+    expected = binary_auroc(torch.tensor(scores), ~torch.tensor(wrong)).item()
+    assert auroc(scores, wrong) == pytest.approx(expected, abs=1e-6)
+
+
+def test_truth_knows_samples_of_one_caption(tmp_path: Path) -> None:
+    (tmp_path / "truth.csv").write_text("key,caption_key\na,b\nc-7,a\n")
+    truth = Truth(tmp_path / "truth.csv")
+    found = {key: truth.is_wrong(key) for key in ("a", "a-3", "a-x", "b", "c", "c-7", "c-8", "c-7-1")}
+    assert found == {"a": True, "a-3": True, "a-x": False, "b": False, "c": False, "c-7": True, "c-8": False} | {
+        "c-7-1": True
+    }
+
+
+@given(st.lists(st.floats(-5, 5)), st.integers(1, 10))
+def test_worst_admits_what_is_among_the_lowest(scores: list[float], top: int) -> None:
+    worst = Worst(top)
+    for index, score in enumerate(scores):
+        lower = sum(other <= score for other in scores[:index])
+        assert worst.admits(score) == (lower < top)
+
+
+def test_thumbnails_are_small(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    Image.new("RGBA", (1000, 300), (200, 10, 10, 255)).save(stream, "PNG")
+    with Image.open(io.BytesIO(thumbnail(stream.getvalue()))) as image:
+        assert (image.format, image.size) == ("JPEG", (256, 77))
+
+
+def part_row(score: float, number: int) -> table.Row:
+    texts = {name: f"{name} {number}" for name in ("key", "shard", "caption", "best_caption", "best_key")}
+    place = {"shard_number": 0, "sample": number, "line": 0}
+    return {**texts, **place, "confidence": math.exp(score), "log_confidence": score, "cosine": 0.0, "thumbnail": None}
+
+
+@pytest.mark.parametrize("fan_in", [2, 3, 64])
+def test_ranking_of_many_parts(tmp_path: Path, fan_in: int) -> None:
+    scores = np.random.default_rng(0).choice([-1.5, -1.0, -0.5, -0.25], 110)
+    rows = [part_row(float(score), number) for number, score in enumerate(scores)]
+    parts = []
+    for number in range(0, 110, 10):
+        parts.append(tmp_path / f"{number}.parquet")
+        table.write(parts[-1], sorted(rows[number : number + 10], key=table.order), table.PART)
+    (tmp_path / "scratch").mkdir()
+    found = list(table.ranked(parts, tmp_path / "scratch", fan_in))
+    # Python's sort is stable: those alike stay in the order of the data.
+    assert found == sorted(rows, key=lambda row: row["log_confidence"])
+    assert all(part.is_file() for part in parts)
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+def picture(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_shard(path: Path, files: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime, member.mode = len(content), 1_000_000_000, 0o640
+            tar.addfile(member, io.BytesIO(content))
+
+
+def read_shard(path: Path) -> list[tuple[str, bytes]]:
+    with tarfile.open(path) as tar:
+        return [(member.name, tar.extractfile(member).read()) for member in tar]
+
+
+WORDS = ("dog", "cat", "bird", "boat", "tree", "house", "car")
+
+
+@pytest.fixture(scope="module")
+def run_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of OpenCLIP's script, of a small model with random weights."""
+    register_models()
+    prepare_model(MODEL)
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("run") / "checkpoints/epoch_1.pt"
+    path.parent.mkdir()
+    (path.parent.parent / "params.txt").write_text(f"model: {MODEL}\nprecision: fp32\ndevice: cpu\notco_epsilon: 0.2\n")
+    torch.save({"epoch": 1, "state_dict": open_clip.create_model(MODEL).state_dict()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(run_checkpoint: Path) -> checkpoint.Encoder:
+    return checkpoint.load(run_checkpoint)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    """Three shards of 45 pairs: samples of one caption, of several in a `json`, and what strangers may put there."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for shard in range(3):
+        files = []
+        for number in range(10):
+            key = f"{shard}{number}"
+            files += [(f"{key}.png", picture(shard * 10 + number)), (f"{key}.txt", f"a {WORDS[number % 7]}".encode())]
+        texts = [f"a {word} of shard {shard}" for word in WORDS[:4]]
+        files += [("many.png", picture(100 + shard)), ("many.json", json.dumps({"captions": texts, "w": 64}).encode())]
+        files += [("many.txt", texts[0].encode())]
+        files += [("../../x.png", picture(200)), ("../../x.txt", b"<script>alert(1)</script>")]
+        write_shard(folder / f"{shard}.tar", files)
+    return str(folder / "{0..2}.tar")
+
+
+def arguments(*words: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args([str(word) for word in words])
+
+
+@pytest.fixture
+def run(
+    run_checkpoint: Path, encoder: checkpoint.Encoder, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[dict[str, Any]]]:
+    """Audits with these further words, into a folder of the test's; the table's rows. The model is loaded once."""
+    monkeypatch.setattr(checkpoint, "load", lambda *given: encoder)
+
+    def audited(out: str, *words: object, of: str = data) -> list[dict[str, Any]]:
+        given = ("--checkpoint", run_checkpoint, "--data", of, "--out", tmp_path / out, "--window", 12)
+        given += ("--batch-size", 5, "--top", 4, "--workers", 0)
+        assert command.run(arguments(*given, *words)) == 0
+        return pq.read_table(tmp_path / out / "audit.parquet").to_pylist()
+
+    return audited
+
+
+def test_the_table_has_what_the_plans_say(
+    run: Callable, encoder: checkpoint.Encoder, data: str, tmp_path: Path
+) -> None:
+    rows = run("out")
+    assert [row["rank"] for row in rows] == list(range(1, 46))
+    assert [row["log_confidence"] for row in rows] == sorted(row["log_confidence"] for row in rows)
+
+    # The same from what `evaluate` reads, window by window: 12, 12, and 21, as 9 are too few to stand alone.
+    found = [sample for batch in samples.batches(data, encoder.preprocess, 45, 0) for sample in batch]
+    pairs = [(sample.key, sample.image, caption) for sample in found for caption in sample.captions]
+    by_pair = {(row["key"], row["caption"], row["shard"]): row for row in rows}
+    assert len(by_pair) == 45
+    shards = [sample_shard for sample_shard in samples.shards(data) for _ in range(15)]
+    facts = json.loads((tmp_path / "out/audit.json").read_text())
+    assert (facts["windows"], facts["epsilon"], facts["pairs"], facts["images"]) == (3, 0.2, 45, 36)
+    for start, stop in ((0, 12), (12, 24), (24, 45)):
+        keys, images, captions = zip(*pairs[start:stop], strict=True)
+        plan = PlanSolver(epsilon=0.2).solve(encoder.images(images), encoder.texts(captions))
+        of_image = [hash(image.numpy().tobytes()) for image in images]
+        judged = judge(plan, of_image, captions)
+        for index, (key, caption) in enumerate(zip(keys, captions, strict=True)):
+            row = by_pair[key, caption, shards[start + index]]
+            assert row["log_confidence"] == pytest.approx(judged.log_confidence[index].item(), abs=1e-3)
+            assert row["confidence"] == pytest.approx(math.exp(row["log_confidence"]))
+            assert row["cosine"] == pytest.approx(judged.cosine[index].item(), abs=1e-5)
+            best = captions.index(row["best_caption"])
+            assert of_image[best] != of_image[index]
+            assert row["best_key"] == keys[best]
+
+    html = (tmp_path / "out/gallery.html").read_text()
+    assert html.count("data:image/jpeg;base64,") >= 4
+    assert "<script>alert" not in html
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(run: Callable, workers: int) -> None:
+    assert run("several", "--workers", workers) == run("none")
+
+
+def test_an_audit_that_was_stopped_goes_on(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run("whole")
+    replace, calls = os.replace, iter(range(10**6))
+    stops = 0
+
+    def replace_every_other(*names: Path) -> None:
+        if next(calls) % 2:
+            raise KeyboardInterrupt
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", replace_every_other)
+    encoded: list[int] = []
+    images = checkpoint.Encoder.images
+    monkeypatch.setattr(
+        checkpoint.Encoder, "images", lambda self, batch: (encoded.append(len(batch)), images(self, batch))[1]
+    )
+    while True:
+        try:
+            assert run("stopped") == whole
+            break
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops > 3
+    # Finished parts are not made again: nothing is encoded when all of them are there.
+    count = len(encoded)
+    assert run("stopped") == whole
+    assert len(encoded) == count
+    names = ("audit.parquet", "audit.json", "gallery.html")
+    assert all((tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
+
+
+def test_a_killed_process_leaves_what_is_done(run: Callable, run_checkpoint: Path, data: str, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    words = ["audit", "--checkpoint", run_checkpoint, "--data", data, "--out", out, "--window", 2, "--batch-size", 5]
+    words += ["--top", 4, "--workers", 2]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "openclip_otco.cli", *map(str, words)], stderr=subprocess.PIPE, start_new_session=True
+    )
+    while not list(out.glob("parts/*.parquet")) and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    done = {path: path.stat().st_mtime_ns for path in out.glob("parts/*.parquet")}
+    assert 0 < len(done) < 22
+    assert run("killed", "--window", 2) == run("whole", "--window", 2)
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+
+
+def test_the_folder_of_another_audit_is_left_alone(
+    run: Callable, run_checkpoint: Path, data: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run("out")
+    before = (tmp_path / "out/audit.parquet").read_bytes()
+    words = ("--checkpoint", run_checkpoint, "--data", data, "--window", 12, "--top", 4)
+    for other, name in ((("--epsilon", 0.3), "--epsilon"), (("--window", 9), "--window"), (("--top", 5), "--top")):
+        assert command.run(arguments(*words, "--out", tmp_path / "out", *other)) == 2
+        assert f"holds another audit, which differs in {name};" in capsys.readouterr().err
+    shard = Path(samples.shards(data)[0])
+    write_shard(shard, read_shard(shard)[:6])
+    assert command.run(arguments(*words, "--out", tmp_path / "out")) == 2
+    assert "differs in --data;" in capsys.readouterr().err
+    assert command.run(arguments(*words, "--out", tmp_path / "data")) == 2
+    assert "holds something that is no audit" in capsys.readouterr().err
+    assert (tmp_path / "out/audit.parquet").read_bytes() == before
+
+
+def tree(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_clean_shards(run: Callable, data: str, tmp_path: Path) -> None:
+    before = tree(tmp_path.parent)
+    rows = run("out", "--write-clean", tmp_path / "new/clean", "--drop", 0.4)
+    clean = tmp_path / "new/clean"
+    written = {path for path in tree(tmp_path.parent) if path not in before}
+    assert all(path.is_relative_to(clean) or path.is_relative_to(tmp_path / "out") for path in written)
+    assert {path: path.read_bytes() for path in before} == before
+    assert sorted(path.name for path in clean.iterdir()) == ["0.tar", "1.tar", "2.tar", "clean-keys.txt", "sizes.json"]
+
+    kept = {(row["shard"], row["key"], row["caption"]) for row in rows if row["rank"] > 18}
+    assert len(kept) == 27
+    keys, sizes = [], {}
+    for shard in samples.shards(data):
+        original, copy = read_shard(Path(shard)), read_shard(clean / Path(shard).name)
+        names = list(dict.fromkeys(name.rpartition(".")[0] for name, _ in original))
+        left = [key for key in names if any(each[:2] == (shard, key) for each in kept)]
+        keys += left
+        sizes[Path(shard).name] = len(left)
+        plain = [file for file in original if file[0].rpartition(".")[0] in left and not file[0].startswith("many")]
+        assert [file for file in copy if not file[0].startswith("many")] == plain
+        if "many" in left:
+            texts = [f"a {word} of shard {Path(shard).stem}" for word in WORDS[:4]]
+            texts = [text for text in texts if (shard, "many", text) in kept]
+            files = dict(copy)
+            assert json.loads(files["many.json"]) == {"captions": texts, "w": 64}
+            assert files["many.txt"].decode() == texts[0]
+            assert files["many.png"] == dict(original)["many.png"]
+        found = list(wds.WebDataset(str(clean / Path(shard).name), shardshuffle=False))
+        assert [sample["__key__"] for sample in found] == left
+    assert (clean / "clean-keys.txt").read_text().splitlines() == keys
+    assert json.loads((clean / "sizes.json").read_text()) == sizes
+
+
+def test_a_threshold_cuts_at_confidence(run: Callable, tmp_path: Path) -> None:
+    rows = run("out")
+    threshold = rows[20]["confidence"]
+    # The audit is done: only the clean data are made.
+    assert run("out", "--write-clean", tmp_path / "clean", "--threshold", repr(threshold)) == rows
+    found = [name for path in (tmp_path / "clean").glob("*.tar") for name, _ in read_shard(path)]
+    plain = [row for row in rows[20:] if row["key"] != "many"]
+    assert sum(name.endswith(".txt") and not name.startswith("many") for name in found) == len(plain)
+
+
+def test_what_cannot_be_read_is_counted_and_dropped(run: Callable, tmp_path: Path) -> None:
+    files = [("torn.jpg", b"\xff\xd8 no image"), ("torn.txt", b"a dog"), ("bare.png", picture(0)), ("bare.cls", b"1")]
+    files += [("odd.png", picture(1)), ("odd.json", b'{"caption": "half \\ud800 a character"}')]
+    files += [("bad.png", picture(2)), ("bad.txt", b"\xff\xfe"), ("none.txt", b"a cat")]
+    files += [("line\nbreak.png", picture(3)), ("line\nbreak.txt", b"a boat")]
+    write_shard(tmp_path / "odd.tar", files)
+    rows = run("out", "--write-clean", tmp_path / "clean", "--drop", 0, of=str(tmp_path / "odd.tar"))
+    assert {(row["key"], row["caption"]) for row in rows} == {("odd", "half ? a character"), ("line\nbreak", "a boat")}
+    facts = json.loads((tmp_path / "out/audit.json").read_text())
+    assert (facts["images"], facts["unreadable"], facts["captionless"]) == (6, 3, 1)
+    assert (tmp_path / "clean/clean-keys.txt").read_text() == "odd\nline\\nbreak\n"
+    assert read_shard(tmp_path / "clean/odd.tar") == [*files[4:6], *files[-2:]]
+
+
+def test_csv_gives_what_shards_give(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, lines = [], ["filepath;title;extra"]
+    for number in range(20):
+        files += [(f"{number:02}.png", picture(number // 2)), (f"{number:02}.txt", f"a {WORDS[number % 7]}".encode())]
+        (tmp_path / f"{number:02}.png").write_bytes(picture(number // 2))
+        lines.append(f"{number:02}.png;a {WORDS[number % 7]};00{number}")
+    write_shard(tmp_path / "20.tar", files)
+    (tmp_path / "20.csv").write_text("\n".join(lines) + "\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("openclip_otco.audit.source._ROWS_AT_A_TIME", 3)
+    words = ("--csv-separator", ";", "--write-clean", "clean", "--drop", 0.25)
+    rows = run("csv", *words, of="20.csv")
+    same = ("caption", "confidence", "cosine", "best_caption", "rank")
+    expected = [{name: row[name] for name in same} for row in run("tar", of=str(tmp_path / "20.tar"))]
+    assert [{name: row[name] for name in same} for row in rows] == expected
+    dropped = {row["key"] for row in rows[:5]}
+    kept = [lines[0], *(line for line in lines[1:] if line.partition(";")[0] not in dropped)]
+    assert (tmp_path / "clean/20.csv").read_text().splitlines() == kept
+
+
+def test_auroc_of_a_model_that_knows(run: Callable, data: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "truth.csv").write_text("key\n00\n11\n22\n../../x\n")
+    rows = run("out", "--truth", tmp_path / "truth.csv")
+    wrong = torch.tensor([row["key"] in ("00", "11", "22", "../../x") for row in rows])
+    facts = json.loads((tmp_path / "out/audit.json").read_text())
+    assert facts["wrong"] == 6
+    for name, column in (("auroc_confidence", "log_confidence"), ("auroc_cosine", "cosine")):
+        # Shifted into the range that torchmetrics takes for probabilities.
+        scores = torch.tensor([row[column] for row in rows], dtype=torch.float64)
+        scores = (scores - scores.min()) / (scores.max() - scores.min())
+        assert facts[name] == pytest.approx(binary_auroc(scores, ~wrong).item(), abs=1e-6)
+    assert f"| {facts['auroc_confidence']:.4f} |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--write-clean", "DIR"), "--write-clean: goes with either --threshold or --drop"),
+        (("--drop", 0.1), "--write-clean: goes with either --threshold or --drop"),
+        (("--write-clean", "data", "--drop", 0.1), "is there and not empty"),
+        (("--truth", "none.csv"), "--truth none.csv: cannot be read"),
+        (("--truth", "other.csv"), "--truth other.csv: has no column `key`"),
+        (("--truth", "empty.csv"), "--truth empty.csv: lists 0 of 45 pairs"),
+        (("--data", "none.tar"), "--data none.tar: 1 of 1 shards do not exist"),
+        (("--data", "torn.tar"), "--data torn.tar: torn.tar is no readable tar file"),
+        (("--data", "pipe:cat torn.tar"), "--data: pipe:cat torn.tar is no readable tar file"),
+        (("--data", "bare.tar"), "--data: no pairs of an image and a caption in 1 samples"),
+        (("--data", "none.csv"), "--data none.csv: is no readable CSV file"),
+        (("--data", "other.csv"), "--csv-img-key filepath: other.csv has no such column, but keys, other"),
+        (("--data", "data/0.tar::data/0.tar", "--write-clean", "DIR", "--drop", 0.1), "2 shards are named 0.tar"),
+        (("--checkpoint", "none.pt"), "--checkpoint none.pt: no such file"),
+        (("--epsilon", 1e-9), "--epsilon 1e-09: "),
+    ],
+)
+def test_bad_input_gets_one_line(
+    run_checkpoint: Path,
+    data: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "torn.tar").write_bytes(Path(samples.shards(data)[0]).read_bytes()[:700])
+    (tmp_path / "other.csv").write_text("keys\tother\n1\t2\n")
+    (tmp_path / "empty.csv").write_text("key\nstranger\n")
+    write_shard(tmp_path / "bare.tar", [("0.png", picture(0))])
+    given = ("--checkpoint", run_checkpoint, "--data", data, "--out", "out", "--workers", 0)
+    assert command.run(arguments(*given, *words)) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    # The bar aside.
+    assert len(err.strip().split("\r")[-1].splitlines()) == 1
+    assert out == ""
+
+
+def test_a_folder_in_use(run: Callable, run_checkpoint: Path, data: str, tmp_path: Path) -> None:
+    run("out")
+    folder = audit.AuditFolder(tmp_path / "out")
+    settings = json.loads((tmp_path / "out/state.json").read_text())
+    settings.pop("version")
+    with (
+        folder.opened(settings),
+        pytest.raises(AuditError, match="another audit is at work in it"),
+        audit.AuditFolder(tmp_path / "out").opened(settings),
+    ):
+        pass
