@@ -46,7 +46,7 @@ class AuditFolder:
         state = json.loads(json.dumps({"version": _VERSION, **settings}))
         try:
             found = self._state()
-            if found is None and self.path.is_dir() and any(self.path.iterdir()):
+            if found is None and self._has_strangers():
                 raise AuditError(f"--out {self.path}: holds something that is no audit; name a new folder")
             self._parts.mkdir(parents=True, exist_ok=True)
             with open(self._parts / ".lock", "a") as lock:
@@ -113,6 +113,11 @@ class AuditFolder:
         if not isinstance(found, dict):
             raise AuditError(f"--out {self.path}: its {_STATE} is not an audit's; name another folder")
         return found
+
+    def _has_strangers(self) -> bool:
+        """Whether there is more in the folder than an audit leaves that was killed at its very start."""
+        there = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
+        return bool(there - {self._parts.name, f"{_STATE}.part"} or self.parts())
 
     def _part(self, number: int) -> Path:
         return self._parts / f"{number:06d}.parquet"
