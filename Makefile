@@ -69,8 +69,8 @@ screenshots: quickstart browser
 	$(BIN)/openclip-otco audit --checkpoint $(SHOWN)/checkpoints/epoch_6.pt --out $(SHOWN)/audit \
 		--data 'runs/quickstart/data/mismatch-40/train/{0000..0007}.tar'
 	$(BIN)/openclip-otco inspect $(SHOWN)
-	$(BIN)/python benchmarks/screenshots.py $(SHOWN)/audit/gallery.html
-	$(BIN)/python benchmarks/screenshots.py $(SHOWN)/inspect.html --height 2300
+	$(BIN)/python benchmarks/screenshots.py $(SHOWN)/audit/gallery.html --height 1100
+	$(BIN)/python benchmarks/screenshots.py $(SHOWN)/inspect.html --height 1900
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -35,9 +35,7 @@ def shoot(pages: list[Path], out: Path, theme: str, most: int) -> list[Path]:
                     io.BytesIO(page.screenshot(clip={"x": 0, "y": 0, "width": WIDTH, "height": height}))
                 )
             written.append(out / f"{path.stem}{'-dark' if theme == 'dark' else ''}.png")
-            picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
-                written[-1], optimize=True
-            )
+            picture.convert("RGB").save(written[-1], optimize=True)
         browser.close()
     return written
 
