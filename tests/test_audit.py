@@ -136,6 +136,9 @@ def test_small_masses_do_not_vanish() -> None:
 def test_windows_hold_everything_once_and_none_is_tiny(lengths: list[int], size: int) -> None:
     numbers = iter(range(sum(lengths)))
     found = list(windows([[next(numbers) for _ in range(length)] for length in lengths], size))
+    assert [behind for _, behind in found[:-1]] == [window[0] for window, _ in found[1:]]
+    assert all(behind is None for _, behind in found[-1:])
+    found = [window for window, _ in found]
     assert [number for window in found for number in window] == list(range(sum(lengths)))
     assert all(len(window) == size for window in found[:-1])
     if found:

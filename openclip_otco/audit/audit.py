@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -121,13 +120,9 @@ class Audit:
                     end = behind
                     yield pairs
 
-            # Each part notes where the next begins, which is known when the next window is there.
-            window: list[Pair] | None = None
-            for following in itertools.chain(windows(batches(), self.window), [None]):
-                if window is not None:
-                    rows = self._rows(window, solver, encoder.device, worst)
-                    folder.add(rows, following[0].cursor if following else end, last=following is None)
-                window = following
+            for window, following in windows(batches(), self.window):
+                rows = self._rows(window, solver, encoder.device, worst)
+                folder.add(rows, following.cursor if following else end, last=following is None)
         encoder.save_frozen()
         if not folder.parts():
             raise AuditError(
