@@ -464,6 +464,7 @@ def torn(path: Path) -> None:
         ({}, ("--classes", "nowhere.txt"), "--classes nowhere.txt: cannot be read"),
         ({}, ("--templates", "names.txt"), "--templates: needs --classes"),
         ({}, ("--calibrate-data", "bare.tar"), "--calibrate-data: needs --calibrate"),
+        ({}, ("--calibrate-epsilon", "0.2"), "--calibrate-epsilon: needs --calibrate"),
         ({}, ("--calibrate",), "epoch_1.pt: holds no cached plans"),
         ({}, ("--calibrate",), "name training shards by --calibrate-data"),
         ({}, ("--calibrate", "--calibrate-data", "no.tar"), "--calibrate-data no.tar: 1 of 1 shards do not exist"),

@@ -106,9 +106,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         raise EvaluationError("--templates: needs --classes")
     names = zero_shot.read_lines("--classes", args.classes) if args.classes else []
     templates = zero_shot.read_templates(args.templates) if args.templates else _default_templates()
+    for flag, value in (("data", args.calibrate_data), ("epsilon", args.calibrate_epsilon)):
+        if value and not args.calibrate:
+            raise EvaluationError(f"--calibrate-{flag}: needs --calibrate")
     if args.calibrate_data:
-        if not args.calibrate:
-            raise EvaluationError("--calibrate-data: needs --calibrate")
         calibration.check_apart(args.data, args.calibrate_data)
     encoder = checkpoint.load(args.checkpoint, args.model, args.precision, args.device)
     retriever = _retriever(encoder, args) if args.calibrate else None
