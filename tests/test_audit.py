@@ -23,6 +23,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import webdataset as wds
+from conftest import paired_features
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -30,7 +31,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 from openclip_otco.audit import AuditError, audit, command, table
 from openclip_otco.audit.confidence import judge
-from openclip_otco.audit.score import Truth, auroc
+from openclip_otco.audit.score import Truth, auroc, estimated_share
 from openclip_otco.audit.suspects import Worst, thumbnail
 from openclip_otco.audit.windows import windows
 from openclip_otco.evaluate import checkpoint, samples
@@ -126,6 +127,20 @@ def test_small_masses_do_not_vanish() -> None:
     assert found.log_confidence.isfinite().all()
     assert found.log_confidence[2] < -math.log(1e38)
     assert found.best.tolist()[:2] == [1, 0]
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.2, 0.4, 0.6])
+def test_the_share_of_right_pairs_is_estimated(wrong: float) -> None:
+    v, t = paired_features(1000, d=64, seed=1)
+    count = int(1000 * wrong)
+    t[:count] = t[:count].roll(1, 0)
+    found = judge(PlanSolver(epsilon=0.03).solve(v, t), range(1000), range(1000))
+    assert estimated_share(found.log_confidence) == pytest.approx(1 - wrong, abs=0.05)
+
+
+def test_of_one_pair_the_share_is_one() -> None:
+    assert estimated_share(torch.zeros(1)) == 1
+    assert estimated_share(torch.full((5,), -torch.inf)) == 0
 
 
 # --- windows, scores, suspects, table ----------------------------------------------------------------------------
@@ -302,10 +317,11 @@ def test_the_table_has_what_the_plans_say(
     assert len(by_pair) == 45
     shards = [sample_shard for sample_shard in samples.shards(data) for _ in range(15)]
     facts = json.loads((tmp_path / "out/audit.json").read_text())
-    assert (facts["windows"], facts["epsilon"], facts["pairs"], facts["images"]) == (3, 0.2, 45, 36)
+    assert (facts["windows"], facts["epsilon"], facts["pairs"], facts["images"]) == (3, 0.03, 45, 36)
     for start, stop in ((0, 14), (14, 28), (28, 45)):
         keys, images, captions = zip(*pairs[start:stop], strict=True)
-        plan = PlanSolver(epsilon=0.2).solve(encoder.images(images), encoder.texts(captions))
+        # Whatever the `--otco-epsilon` of the run.
+        plan = PlanSolver(epsilon=0.03).solve(encoder.images(images), encoder.texts(captions))
         of_image = [hash(image.numpy().tobytes()) for image in images]
         judged = judge(plan, of_image, captions)
         for index, (key, caption) in enumerate(zip(keys, captions, strict=True)):
@@ -436,6 +452,42 @@ def test_a_threshold_cuts_at_confidence(run: Callable, tmp_path: Path) -> None:
     assert sum(name.endswith(".txt") and not name.startswith("many") for name in found) == len(plain)
 
 
+def test_as_many_are_dropped_as_seem_to_be_wrong(
+    run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An untrained model takes all for right.
+    assert run("out", "--write-clean", tmp_path / "all") == run("out")
+    assert "Estimated: 0.0 % of the pairs" in capsys.readouterr().out
+    monkeypatch.setattr("openclip_otco.audit.audit.estimated_share", lambda log_confidence: 0.6)
+    rows = run("out", "--write-clean", tmp_path / "clean")
+    assert json.loads((tmp_path / "out/audit.json").read_text())["matched_share"] == pytest.approx(0.6)
+    kept = {(row["shard"], row["key"]) for row in rows if row["rank"] > round(0.4 * len(rows))}
+    everything, clean = ((tmp_path / name / "clean-keys.txt").read_text().splitlines() for name in ("all", "clean"))
+    assert len(clean) == len(kept) < len(everything)
+    out = capsys.readouterr().out
+    assert "Estimated: 40.0 % of the pairs" in out
+    assert f"{len(kept)} of {len(everything)} samples are kept: {tmp_path / 'clean'}" in out
+
+
+def test_not_everything_is_dropped_unasked(
+    run: Callable,
+    run_checkpoint: Path,
+    data: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = run("out")
+    monkeypatch.setattr("openclip_otco.audit.audit.estimated_share", lambda log_confidence: 0.0)
+    words = ("--checkpoint", run_checkpoint, "--data", data, "--out", tmp_path / "out", "--window", 14)
+    words += ("--batch-size", 5, "--top", 4, "--workers", 0, "--write-clean", tmp_path / "clean")
+    assert command.run(arguments(*words)) == 2
+    assert "--write-clean: to this checkpoint no pair seems right; give" in capsys.readouterr().err
+    assert not (tmp_path / "clean").exists()
+    # What was computed is kept.
+    assert run("out", "--write-clean", tmp_path / "clean", "--drop", 0.4) == rows
+
+
 def test_what_cannot_be_read_is_counted_and_dropped(run: Callable, tmp_path: Path) -> None:
     files = [("torn.jpg", b"\xff\xd8 no image"), ("torn.txt", b"a dog"), ("bare.png", picture(0)), ("bare.cls", b"1")]
     files += [("odd.png", picture(1)), ("odd.json", b'{"caption": "half \\ud800 a character"}')]
@@ -487,8 +539,8 @@ def test_auroc_of_a_model_that_knows(run: Callable, data: str, tmp_path: Path, c
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--write-clean", "DIR"), "--write-clean: goes with either --threshold or --drop"),
-        (("--drop", 0.1), "--write-clean: goes with either --threshold or --drop"),
+        (("--drop", 0.1), "--drop: says what --write-clean DIR leaves out"),
+        (("--threshold", 0.1), "--threshold: says what --write-clean DIR leaves out"),
         (("--write-clean", "data", "--drop", 0.1), "is there and not empty"),
         (("--truth", "none.csv"), "--truth none.csv: cannot be read"),
         (("--truth", "other.csv"), "--truth other.csv: has no column `key`"),

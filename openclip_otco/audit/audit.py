@@ -18,7 +18,7 @@ from openclip_otco.audit.clean import check_target, write_clean
 from openclip_otco.audit.confidence import judge
 from openclip_otco.audit.folder import AuditFolder
 from openclip_otco.audit.pairs import Pair, stream
-from openclip_otco.audit.score import Truth, auroc
+from openclip_otco.audit.score import Truth, auroc, estimated_share
 from openclip_otco.audit.source import Source
 from openclip_otco.audit.suspects import Worst, thumbnail
 from openclip_otco.audit.windows import windows
@@ -40,14 +40,15 @@ class Audit:
         out: folder for all that is found, and for the work on the way.
         model, precision, device: as `checkpoint.load` takes them.
         window: pairs coupled at a time.
-        epsilon: of the plans; `None` for that of the run.
+        epsilon: of the plans. Not the run's, as a large one makes wrong pairs look right.
         top: pairs in the gallery.
         batch_size: images encoded at once.
         workers: processes that decode images.
         truth: list of the pairs known to be wrong.
         clean: folder for the data without the dropped pairs.
         threshold: pairs of less confidence are dropped.
-        drop: share of the pairs that is dropped, the least confident ones.
+        drop: share of the pairs that is dropped, the least confident ones; with neither, as many as are estimated to be
+            wrong.
     """
 
     checkpoint: Path
@@ -57,7 +58,7 @@ class Audit:
     precision: str | None = None
     device: str | None = None
     window: int = 4096
-    epsilon: float | None = None
+    epsilon: float = PlanSolver.epsilon
     top: int = 100
     batch_size: int = 64
     workers: int = 1
@@ -72,8 +73,9 @@ class Audit:
         Raises:
             AuditError, EvaluationError: something that was given cannot be used.
         """
-        if (self.clean is not None) != (self.threshold is not None or self.drop is not None):
-            raise AuditError("--write-clean: goes with either --threshold or --drop, which say what to leave out")
+        for flag, value in (("--threshold", self.threshold), ("--drop", self.drop)):
+            if value is not None and self.clean is None:
+                raise AuditError(f"{flag}: says what --write-clean DIR leaves out; give it too, or neither")
         if self.clean is not None:
             check_target(self.clean, self.source)
         truth = Truth(self.truth) if self.truth is not None else None
@@ -92,14 +94,13 @@ class Audit:
         with self.checkpoint.open("rb") as file:
             weights = hashlib.file_digest(file, "sha256").hexdigest()
         data = hashlib.sha256(json.dumps(self.source.fingerprint()).encode()).hexdigest()
-        epsilon = self.epsilon if self.epsilon is not None else run.get("otco_epsilon", PlanSolver.epsilon)
         return {
             "--checkpoint": weights,
             "--model": self.model or run.get("model"),
             "--precision": self.precision or run.get("precision"),
             "--data": data,
             "--window": self.window,
-            "--epsilon": float(epsilon),
+            "--epsilon": float(self.epsilon),
             "--top": self.top,
         }
 
@@ -166,7 +167,8 @@ class Audit:
     def _report(self, folder: AuditFolder, settings: dict[str, Any], truth: Truth | None) -> dict[str, Any]:
         parts, (end, _) = folder.parts(), folder.progress()
         total = sum(map(table.count, parts))
-        dropped = round(self.drop * total) if self.drop is not None else 0
+        matched = sum(table.count(part) * _estimated_share(part) for part in parts) / total
+        dropped = round((1 - matched if self.drop is None else self.drop) * total) if self.threshold is None else 0
         suspects: list[Suspect] = []
         last_dropped = None
 
@@ -192,11 +194,17 @@ class Audit:
             "windows": len(parts),
             "window": self.window,
             "epsilon": settings["--epsilon"],
+            "matched_share": matched,
         }
         if truth is not None:
             facts |= _scores(self.out / TABLE, truth)
         write_gallery(self.out / GALLERY, suspects, facts, "Audit: pairs that may not belong together")
         if self.clean is not None:
+            if dropped == total and self.drop is None:
+                raise AuditError(
+                    "--write-clean: to this checkpoint no pair seems right; give one that was trained longer or with "
+                    "--loss otco, or say by --drop or --threshold what to leave out"
+                )
 
             def keep(row: table.Row) -> bool:
                 if self.threshold is not None:
@@ -206,6 +214,10 @@ class Audit:
             facts["clean_samples"] = write_clean(self.source, parts, keep, self.clean)
         write_text(self.out / FACTS, json.dumps(facts, indent=1) + "\n")
         return facts
+
+
+def _estimated_share(part: Path) -> float:
+    return estimated_share(torch.tensor([row["log_confidence"] for row in table.rows(part, ["log_confidence"])]))
 
 
 def _worst_so_far(parts: Iterable[Path]) -> Iterator[float]:

@@ -34,14 +34,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--window", type=_positive, default=4096, metavar="N", help="pairs coupled at a time (%(default)s)"
     )
     parser.add_argument(
-        "--epsilon", type=_positive_number, help="entropic regularization of the plans (default: that of the run)"
+        "--epsilon",
+        type=_positive_number,
+        default=0.03,
+        help="entropic regularization of the plans, whatever the run's was (%(default)s)",
     )
     parser.add_argument("--top", type=_positive, default=100, metavar="N", help="pairs in the gallery (%(default)s)")
     parser.add_argument(
         "--truth", metavar="FILE", type=Path, help="csv whose column key lists wrong pairs: prints the AUROC"
     )
     parser.add_argument(
-        "--write-clean", metavar="DIR", type=Path, help="write the data without the dropped pairs, and the keys kept"
+        "--write-clean",
+        metavar="DIR",
+        type=Path,
+        help="write the data without the dropped pairs, and the keys kept (default: drops as many as seem to be wrong)",
     )
     least = parser.add_mutually_exclusive_group()
     least.add_argument(
@@ -80,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     print(page(facts))
     print(f"\nAll pairs, the worst first: {args.out / TABLE}\nThe worst as a page: {args.out / GALLERY}")
     if args.write_clean is not None:
-        print(f"The data without the dropped pairs: {args.write_clean}")
+        print(f"{facts['clean_samples']} of {facts['images']} samples are kept: {args.write_clean}")
     return OK
 
 
@@ -91,6 +97,8 @@ def page(facts: dict[str, Any]) -> str:
         "",
         f"{facts['pairs']} pairs of {facts['images']} samples; {facts['unreadable']} could not be read, "
         f"{facts['captionless']} have no caption",
+        "",
+        f"Estimated: {100 * (1 - facts['matched_share']):.1f} % of the pairs do not belong together",
     ]
     if "auroc_confidence" in facts:
         lines += [
