@@ -25,7 +25,7 @@ from openclip_otco.evaluate import calibration, checkpoint, samples
 from openclip_otco.evaluate.encoder import Encoder
 from openclip_otco.evaluate.retrieval import retrieval
 
-EPSILONS = (0.02, 0.05, 0.1, 0.2, 0.5)
+EPSILONS = (0.02, 0.03, 0.05, 0.1, 0.2, 0.5)
 PAIRS = (1024, 4096, 8192)
 
 

@@ -143,13 +143,14 @@ class CalibratedRetriever:
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: Path | str, epsilon: float | None = None, device: torch.device | str = "cpu"
+        cls, checkpoint: Path | str, epsilon: float | None = EPSILON, device: torch.device | str = "cpu"
     ) -> CalibratedRetriever:
         """The plans that `--loss otco` cached in a checkpoint of OpenCLIP's training script.
 
         Args:
             checkpoint: the file, as `runs/NAME/checkpoints/epoch_N.pt`.
-            epsilon: couples the cached features anew where a plan has another one; `None`: as they were coupled.
+            epsilon: couples the cached features anew where a plan has another one, as those that measure trust have;
+                `None`: as they were coupled.
             device: where to search.
 
         Raises:
@@ -276,7 +277,8 @@ def recoupled(plan: TransportPlan, epsilon: float | None) -> TransportPlan:
     Raises:
         ValueError, RuntimeError: as `PlanSolver` does.
     """
-    if epsilon is None or epsilon == plan.epsilon:
+    # What was not coupled stays so: the retriever refuses it.
+    if epsilon is None or epsilon == plan.epsilon or not plan.coupled:
         return plan
     return PlanSolver(epsilon=epsilon).solve(plan.image_features, plan.text_features, plan.step)
 

@@ -224,19 +224,29 @@ def test_a_hub_goes_down(way: str) -> None:
 def test_plans_of_a_checkpoint(tmp_path: Path) -> None:
     cache = PlanCache(size=3)
     for step in range(3):
-        cache.add(PlanSolver(epsilon=0.1).solve(*paired_features(40, D, seed=step), step=step))
+        cache.add(PlanSolver(epsilon=0.07).solve(*paired_features(40, D, seed=step), step=step))
     path = tmp_path / "epoch_1.pt"
     torch.save({"state_dict": {}, "plugins": {"otco": {"cache": cache.state_dict()}}}, path)
     gallery = paired_features(20, D, seed=9)[1]
-    found = CalibratedRetriever.from_checkpoint(path)
+    found = CalibratedRetriever.from_checkpoint(path, epsilon=None)
     assert [plan.step for plan in found.plans] == [0, 1, 2]
     expected = torch.stack([cache[step].text_potential(gallery) for step in range(3)]).mean(dim=0)
     assert torch.allclose(found.potentials(gallery), expected, atol=1e-7)
 
+    assert {plan.epsilon for plan in CalibratedRetriever.from_checkpoint(path).plans} == {0.1}
     anew = CalibratedRetriever.from_checkpoint(str(path), epsilon=0.3)
     assert {plan.epsilon for plan in anew.plans} == {0.3}
     by_hand = CalibratedRetriever.from_features(*paired_features(40, D, seed=2), epsilon=0.3)
     assert torch.equal(anew.plans[2].f, by_hand.plans[0].f)
+
+
+@pytest.mark.parametrize("epsilon", [None, 0.03, 0.1])
+def test_a_checkpoint_of_softmax_is_refused(tmp_path: Path, epsilon: float | None) -> None:
+    plan = PlanSolver(epsilon=0.03, coupling="softmax").solve(*paired_features(40, D))
+    path = tmp_path / "epoch_1.pt"
+    torch.save({"state_dict": {}, "plugins": {"otco": {"cache": {"plans": [plan.state_dict()]}}}}, path)
+    with pytest.raises(ValueError, match="`softmax`"):
+        CalibratedRetriever.from_checkpoint(path, epsilon=epsilon)
 
 
 @pytest.mark.parametrize(

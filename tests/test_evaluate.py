@@ -388,8 +388,8 @@ def test_retrieval_calibrated_by_cached_plans(
     content = torch.load(path)
     torch.save({**content, "plugins": {"otco": {"cache": cache.state_dict()}}}, path)
     words = (path, "--data", captioned, "--calibrate", "--out", tmp_path / "found.json")
-    for epsilon in (0.07, 0.2):
-        assert command.run(arguments(*words, *(("--calibrate-epsilon", epsilon) if epsilon != 0.07 else ()))) == 0
+    for epsilon in (0.1, 0.2):
+        assert command.run(arguments(*words, *(("--calibrate-epsilon", epsilon) if epsilon != 0.1 else ()))) == 0
         assert f"2 cached plans of 12 pairs, epsilon {epsilon}" in capsys.readouterr().out
         found = json.loads((tmp_path / "found.json").read_text())
         retriever = CalibratedRetriever.from_checkpoint(path, epsilon)

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibrate-epsilon",
         type=_positive_number,
         metavar="EPSILON",
-        help="regularization of the plans, in units of the cosine (default: that of the cached plans, else 0.1)",
+        help="regularization of the plans, in units of the cosine (default: 0.1)",
     )
     parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images at once (%(default)s)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that decode (%(default)s)")
@@ -177,9 +177,9 @@ def _retriever(encoder: Encoder, args: argparse.Namespace) -> CalibratedRetrieve
     from openclip_otco.calibrate import EPSILON
     from openclip_otco.evaluate import calibration
 
-    if not args.calibrate_data:
-        return calibration.of_checkpoint(args.checkpoint, args.calibrate_epsilon, encoder.device)
     epsilon = args.calibrate_epsilon or EPSILON
+    if not args.calibrate_data:
+        return calibration.of_checkpoint(args.checkpoint, epsilon, encoder.device)
     return calibration.of_shards(
         encoder, args.calibrate_data, args.calibrate_pairs, epsilon, args.batch_size, args.workers
     )
