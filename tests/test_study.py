@@ -571,6 +571,17 @@ def test_table_only(home, capsys):
     assert page.read_text() == text
     assert len(calls()) == 6
 
+    # A line that stands there twice is no further seed.
+    lines = Path("runs/small/results.jsonl").read_text().splitlines()
+    Path("runs/small/results.jsonl").write_text("\n".join([*lines, lines[0]]) + "\n")
+    assert run(STUDY, "--table-only") == 0
+    assert page.read_text() == text
+    other = json.loads(lines[0]) | {"seconds": -1.0}
+    Path("runs/small/results.jsonl").write_text("\n".join([*lines, json.dumps(other)]) + "\n")
+    capsys.readouterr()
+    assert run(STUDY, "--table-only") == 2
+    assert f"results.jsonl: has two different lines of {other['run']}; remove one" in capsys.readouterr().err
+
 
 # --- table and figure --------------------------------------------------------------------------------------------
 

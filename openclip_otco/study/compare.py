@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, trainer: Sequence[str] = OPEN_CLIP) -> int:
             print("\n".join(commands(study, out, trainer)))
             return OK
         if args.table_only:
-            report(study, out, _of_study(study, results.read(out / "results.jsonl")))
+            report(study, out, _of_study(study, out / "results.jsonl"))
             return OK
         if study.needs_patch and trainer == OPEN_CLIP:
             check_patched(study)
@@ -212,9 +212,14 @@ def _of_other_versions(kept: Iterable[Result]) -> str | None:
     return f"warning: {len(other)} of the kept runs were made with {which}: {', '.join(other)}"
 
 
-def _of_study(study: Study, found: Sequence[Result]) -> list[Result]:
+def _of_study(study: Study, path: Path) -> list[Result]:
+    """The results in `path` of the runs of `study`, each once: a line that stands there twice is no further seed."""
     names = {run_name(d.name, loss.name, seed) for d in study.data for loss in study.losses for seed in study.seeds}
-    return [result for result in found if result.run in names]
+    found: dict[str, Result] = {}
+    for result in results.read(path):
+        if result.run in names and found.setdefault(result.run, result) != result:
+            raise StudyError(f"{path}: has two different lines of {result.run}; remove one")
+    return list(found.values())
 
 
 def _portable(source: str) -> str:

@@ -23,6 +23,8 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#
 _DASHES = ("-", "--", "-.", ":")
 # As many markers as have no divisor in common with the colours: no two of 63 losses look the same.
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
+# More of them than this have their legend beside the panels.
+_LOSSES_IN_A_PANEL = 6
 _IN_TRAINING = "validation rsum (sum of six recalls, %)"
 
 
@@ -64,8 +66,7 @@ def _learning_curves(study: Study, results: Sequence[Result]) -> Any:
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-        if axis.has_data():
-            axis.legend(title="loss")
+    _legend(figure, axes, study)
     axes[0].set_ylabel(_IN_TRAINING)
     figure.suptitle(f"Retrieval during training: study {study.name}, {_seeds(study)}")
     return figure
@@ -114,8 +115,7 @@ def _recalls(study: Study, results: Sequence[Result]) -> Any:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3, axis="y")
         axis.set_axisbelow(True)
-        if axis.has_data():
-            axis.legend(title="loss")
+    _legend(figure, axes, study)
     axes[0].set_ylabel("recall, %")
     captions = "all captions" if whole else "one caption an image"
     figure.suptitle(f"Retrieval after the last epoch, {captions}: study {study.name}, {_seeds(study)}")
@@ -190,8 +190,7 @@ def _cost(study: Study, results: Sequence[Result]) -> Any:
         axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-        if axis.has_data():
-            axis.legend(title="loss")
+    _legend(figure, axes, study)
     axes[0].set_ylabel("rsum, all captions" if whole else _IN_TRAINING)
     figure.suptitle(f"Cost and quality after the last epoch: study {study.name}, {_seeds(study)}")
     return figure
@@ -204,6 +203,19 @@ def _panels(study: Study, panels: int | None = None, width: float = 4.5) -> tupl
         1, panels, figsize=(1 + width * panels, 4), sharey=True, squeeze=False, layout="constrained"
     )
     return figure, axes[0]
+
+
+def _legend(figure: Any, axes: Any, study: Study) -> None:
+    """In each panel; beside all of them where the losses are so many that it would hide the curves."""
+    if len(study.losses) <= _LOSSES_IN_A_PANEL:
+        for axis in axes:
+            if axis.has_data():
+                axis.legend(title="loss")
+        return
+    entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), title="loss", loc="outside right center", fontsize="small")
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width + 2, max(height, 1.4 + 0.2 * len(entries)))
 
 
 def _seeds(study: Study) -> str:
