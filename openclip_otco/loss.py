@@ -16,8 +16,8 @@ from openclip_otco.mixture import log_posterior, matched_share
 from openclip_otco.ot import sinkhorn_divergence
 from openclip_otco.plan import TransportPlan
 
-# What trust in a pair is: the method's plan confidence, or the probability that the pair is matched.
-TRUSTS = ("share", "posterior")
+# What trust in a pair is: the probability that it is matched, or the method's plan confidence.
+TRUSTS = ("posterior", "share")
 # Steps of the grid of powers that tempering chooses from.
 _POWERS = 64
 
@@ -43,9 +43,9 @@ class OTCOLoss(ClipLoss):
 
     Args:
         confidence: `γ >= 0`, the power of the plan confidence that makes the weights `c_i`; 0 switches them off.
-        trust: what is raised to that power. `share`: the own pair's shares of its row and column of the plan, as the
-            method has it. `posterior`: the probability that the pair is matched, with the share of matched pairs
-            estimated from the batch (`mixture.matched_share`): on clean captions nearly all weights are 1.
+        trust: what is raised to that power. `posterior`: the probability that the pair is matched, with the share of
+            matched pairs estimated from the batch (`mixture.matched_share`): on clean captions nearly all weights are
+            1. `share`: the own pair's shares of its row and column of the plan, as the method has it.
         least_share: in `[0, 1]`, the least effective share of the batch that confidence leaves to carry the loss; a
             step that would fall below takes a smaller power (`tempered`). 0 sets no limit. A young model's confidence
             rests on a few pairs; without a limit the model learns those alone, and training can collapse.
@@ -61,7 +61,7 @@ class OTCOLoss(ClipLoss):
 
     Example::
 
-        loss = OTCOLoss(confidence=0.25, least_share=0.5)
+        loss = OTCOLoss()
         loss.set_plans([plan], newest=plan)
         losses = loss(image_features, text_features, logit_scale, output_dict=True)
         sum(losses.values()).backward()
@@ -69,13 +69,13 @@ class OTCOLoss(ClipLoss):
 
     def __init__(
         self,
-        confidence: float = 0.25,
+        confidence: float = 2.0,
         transport_weight: float = 0.0,
         divergence_weight: float = 0.0,
-        epsilon: float = 0.1,
-        least_share: float = 0.0,
+        epsilon: float = 0.03,
+        least_share: float = 0.25,
         own_pair: bool = True,
-        trust: str = "share",
+        trust: str = "posterior",
         local_loss: bool = False,
         gather_with_grad: bool = False,
         cache_labels: bool = False,

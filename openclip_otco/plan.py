@@ -35,7 +35,7 @@ class TransportPlan:
 
     Example::
 
-        plan = PlanSolver(epsilon=0.1).solve(image_features, text_features, step=0)
+        plan = PlanSolver(epsilon=0.03).solve(image_features, text_features, step=0)
         moved = plan.transport_image(v, t)      # (B, d), unit norm, among the texts
         trust = plan.confidence(v, t)           # (B,), in (0, 1)
     """

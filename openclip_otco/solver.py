@@ -44,7 +44,7 @@ class PlanSolver:
         ValueError: a setting out of its range.
     """
 
-    epsilon: float = 0.1
+    epsilon: float = 0.03
     initial_plan: str = "combinatorial"
     additive_error: float = 0.01
     tolerance: float = 1e-3

@@ -136,7 +136,6 @@ def test_every_plan_goes_to_the_writer_on_the_step_axis():
 
 def test_the_share_of_matched_pairs_goes_to_the_writer():
     callback, writer = make_callback(), Writer()
-    callback.loss.trust = "posterior"
     callback.on_train_start(step=0, total_steps=100)
     train(callback, range(8), writer)
     shares = [value for tag, value, _ in writer.scalars if tag == "train/otco_matched_share"]

@@ -90,7 +90,7 @@ def test_the_loss_is_its_formula(plan, gamma, least_share, transport, count):
     drawn = [plan, other][:count]
     images, texts = paired_features(32, seed=2)
     texts = torch.cat([texts[:20], texts[20:].roll(1, 0)])
-    loss = OTCOLoss(confidence=gamma, transport_weight=transport, least_share=least_share)
+    loss = OTCOLoss(confidence=gamma, trust="share", transport_weight=transport, least_share=least_share)
     loss.set_plans(drawn, newest=other)
     losses = loss(images, texts, SCALE, output_dict=True)
 
@@ -167,7 +167,7 @@ def test_one_pair_far_ahead_does_not_take_all():
 def test_posterior_weights_are_their_formula(plan):
     images, texts = paired_features(64, seed=2)
     texts = torch.cat([texts[:40], texts[40:].roll(7, 0)])
-    loss = OTCOLoss(confidence=1.0, trust="posterior")
+    loss = OTCOLoss(confidence=1.0, trust="posterior", least_share=0)
     loss.set_plans([plan], plan)
     weights = loss._weights(Features(images, texts))
     ratio = plan.log_mass(images, texts).double().exp()
@@ -180,14 +180,14 @@ def test_posterior_weights_are_their_formula(plan):
 def test_clean_pairs_of_a_sharp_plan_weigh_one():
     sharp = PlanSolver(0.03).solve(*paired_features(256, seed=1))
     images, texts = paired_features(64, seed=2)
-    loss = OTCOLoss(confidence=1.0, trust="posterior")
+    loss = OTCOLoss(confidence=1.0, trust="posterior", least_share=0)
     loss.set_plans([sharp], sharp)
     assert loss._weights(Features(images, texts)) == pytest.approx(torch.ones(64), abs=0.05)
     assert float(loss.matched_share) > 0.95
 
 
 def test_an_unknown_trust_is_refused():
-    with pytest.raises(ValueError, match="trust must be one of share, posterior; got 'blind'"):
+    with pytest.raises(ValueError, match="trust must be one of posterior, share; got 'blind'"):
         OTCOLoss(trust="blind")
 
 
@@ -197,7 +197,7 @@ def test_wrong_captions_hardly_pull(trust, epsilon):
     images, texts = paired_features(64, seed=2)
     wrong = torch.arange(64) >= 40
     texts = torch.where(wrong[:, None], texts.roll(7, 0), texts)
-    loss = OTCOLoss(confidence=1.0, trust=trust)
+    loss = OTCOLoss(confidence=1.0, trust=trust, least_share=0)
     loss.set_plans([plan], plan)
     weights = loss._weights(Features(images, texts))
     assert weights[~wrong].mean() > 5 * weights[wrong].mean()
@@ -345,7 +345,7 @@ def test_the_divergence_reaches_the_features_of_every_rank(ranks, local_loss, ga
 def test_the_docstring_example_runs(plan):
     image_features, text_features = paired_features(8)
     image_features.requires_grad_()
-    loss = OTCOLoss(confidence=0.25, least_share=0.5)
+    loss = OTCOLoss()
     loss.set_plans([plan], newest=plan)
     losses = loss(image_features, text_features, SCALE, output_dict=True)
     sum(losses.values()).backward()

@@ -57,10 +57,11 @@ def test_defaults_are_those_of_the_table(parse):
     args = parse()
     assert (args.otco_window, args.otco_epsilon, args.otco_initial_plan, args.otco_additive_error) == (
         8,
-        0.1,
+        0.03,
         "combinatorial",
         0.01,
     )
+    assert (args.otco_trust, args.otco_confidence, args.otco_least_share) == ("posterior", 2, 0.25)
     assert (args.otco_cache_size, args.otco_plans_per_step, args.otco_divergence_weight) == (4, 1, 0)
     assert (args.otco_warmup, args.otco_max_support) == (0.05, 8192)
 
@@ -179,7 +180,7 @@ def test_a_missing_bert_folder_ends_with_one_line_whatever_the_loss(parse, capsy
 def test_flags_without_the_loss_warn_and_train(parse):
     with pytest.warns(UserWarning, match="--otco-window given without --loss otco"):
         args = parse("--otco-window", "4", loss="clip")
-    assert args.otco_epsilon == 0.1
+    assert args.otco_epsilon == 0.03
 
 
 def test_another_loss_is_not_our_business(parse):
@@ -190,16 +191,16 @@ def test_another_loss_is_not_our_business(parse):
 
 def test_loss_and_callback_get_the_flags(plugin, parse):
     args = parse(
-        "--otco-confidence", "2", "--otco-transport-weight", "0.25", "--otco-divergence-weight", "0.5",
+        "--otco-confidence", "3", "--otco-transport-weight", "0.25", "--otco-divergence-weight", "0.5",
         "--otco-epsilon", "0.07", "--otco-window", "3", "--otco-cache-size", "5", "--otco-plans-per-step", "2",
         "--otco-warmup", "0.2", "--otco-max-support", "99", "--otco-initial-plan", "emd",
-        "--otco-additive-error", "0.3", "--otco-least-share", "0.4", "--otco-trust", "posterior",
+        "--otco-additive-error", "0.3", "--otco-least-share", "0.4", "--otco-trust", "share",
     )  # fmt: skip
     loss = plugin.create_loss(args)
     assert isinstance(loss, OTCOLoss)
-    assert (loss.confidence, loss.transport_weight, loss.divergence_weight, loss.epsilon) == (2, 0.25, 0.5, 0.07)
+    assert (loss.confidence, loss.transport_weight, loss.divergence_weight, loss.epsilon) == (3, 0.25, 0.5, 0.07)
     assert loss.local_loss
-    assert (loss.least_share, loss.trust) == (0.4, "posterior")
+    assert (loss.least_share, loss.trust) == (0.4, "share")
     (callback,) = plugin.create_callbacks(args, loss)
     assert (callback.window.steps, callback.window.max_support, callback.cache.size) == (3, 99, 5)
     assert (callback.plans_per_step, callback.warmup, callback.log_every) == (2, 0.2, 10)
