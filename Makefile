@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install patch lint browser test quickstart results study study-cleaned study-quick bench step-cost scaling screenshots clean
+.PHONY: install patch lint browser test test-matrix quickstart results study study-cleaned study-quick bench step-cost scaling screenshots clean
 
 install: patch
 
@@ -39,6 +39,10 @@ browser:
 
 test: install browser
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+# Every cell, where `make test` runs a covering design.
+test-matrix: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_matrix.py -m training -n 0 -o timeout=3600
 
 quickstart: install
 	HF_HUB_OFFLINE=1 $(BIN)/openclip-otco compare quickstart --out runs/quickstart

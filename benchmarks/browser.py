@@ -25,6 +25,7 @@ def launch(playwright: Any) -> Any:
             "no Chromium here: `make browser` installs Debian's as root, `playwright install chromium` its own"
         )
     try:
-        return playwright.chromium.launch(executable_path=found)
+        # Half a second, as a rule; much longer where the machine is busy.
+        return playwright.chromium.launch(executable_path=found, timeout=300_000)
     except Exception as error:  # Playwright's own error, which is only there with Playwright
         raise NoBrowser(f"{found or 'Playwright'}: does not start: {str(error).splitlines()[0]}") from error

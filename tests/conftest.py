@@ -15,9 +15,21 @@ from torch import Tensor
 
 # Model hubs may be out of reach, and no test needs them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# The user's own cache is neither read nor written; the folder goes when the session ends.
-_HOME = tempfile.TemporaryDirectory(prefix="openclip-otco-tests-")
-os.environ["OPENCLIP_OTCO_HOME"] = _HOME.name
+# Several workers share the cores; so do the processes that they start.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # The user's own cache is neither read nor written. All workers share this one, so that what is in it is made once;
+    # the folder goes when the session ends.
+    _HOME = tempfile.TemporaryDirectory(prefix="openclip-otco-tests-")
+    os.environ["OPENCLIP_OTCO_HOME"] = _HOME.name
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.option.markexpr == "not full":
+        terminalreporter.write_line(
+            "left out: the full cross of test_matrix.py, of which a covering design was run (make test-matrix)"
+        )
 
 
 def paired_features(n: int, d: int = 24, seed: int = 0, noise: float = 0.6) -> tuple[Tensor, Tensor]:

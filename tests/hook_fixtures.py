@@ -8,10 +8,11 @@ import importlib.metadata
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks import PATIENCE, Fork, Forks
 from PIL import Image
 
 from openclip_otco import patching
@@ -56,23 +58,36 @@ def patched(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+Process = Forks | subprocess.Popen[bytes]
+
+
 @dataclass(frozen=True)
 class Run:
-    """A training run; `wait` for it before looking at what it left."""
+    """A training run; `wait` for it before looking at what it left. `log` takes all that it prints."""
 
-    process: subprocess.Popen[str]
+    process: Process
     folder: Path
+    log: Path
 
     def wait(self, fails: bool = False) -> "Run":
-        output, _ = self.process.communicate(timeout=240)
-        self.folder.mkdir(exist_ok=True)
-        (self.folder / "output.txt").write_text(output)
-        assert (self.process.returncode != 0) == fails, output[-5000:]
+        code = self.process.wait(timeout=PATIENCE)
+        assert (code != 0) == fails, self.output[-5000:]
         return self
+
+    def until(self, reached: Callable[[str], bool]) -> "Run":
+        """Waits, as long as it runs, until its log satisfies `reached`."""
+        while not reached(self.output):
+            assert self.process.poll() is None, f"ended before:\n{self.output[-5000:]}"
+            time.sleep(0.01)
+        return self
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(timeout=PATIENCE)
 
     @property
     def output(self) -> str:
-        return (self.folder / "output.txt").read_text()
+        return self.log.read_text() if self.log.exists() else ""
 
     @property
     def steps(self) -> list[str]:
@@ -98,7 +113,8 @@ class Lab:
         """Of a process outside the checkout that finds this copy of the script and these plugins, no other ones."""
         installed = self.folder / f"plugins-{abs(hash(entry_points))}"
         installed.mkdir(exist_ok=True)
-        shutil.copy(Path(__file__).with_name("hook_plugin.py"), installed)
+        for module in ("hook_plugin.py", "parse_arguments.py"):
+            shutil.copy(Path(__file__).with_name(module), installed)
         # The first distribution of a name counts, so that this package's own plugin is not there.
         for name, points in (("hook_plugin", entry_points or ""), ("openclip_otco", "")):
             info = installed / f"{name}-1.0.dist-info"
@@ -115,9 +131,13 @@ class Lab:
         entry_points: str | None,
         *options: str,
         ranks: int = 1,
+        torchrun: bool = False,
         file_size: int | None = None,
     ) -> Run:
-        """Starts a run; with `file_size`, no file that it writes can grow beyond so many bytes, as on a full disk."""
+        """Starts a run of one or several ranks, with `torchrun` or with what it tells its ranks.
+
+        With `file_size`, no file that it writes can grow beyond so many bytes, as on a full disk.
+        """
         defaults = {
             "model": f"local-dir:{self.folder}",
             "logs": f"{self.folder / name}",
@@ -133,28 +153,42 @@ class Lab:
             "device": "cpu",
             "precision": "fp32",
         }
-        command = [sys.executable, "-m", "open_clip_train.main"]
-        if ranks > 1:
-            # Without the two dashes torchrun would take --logs for an abbreviation of its own options.
-            command[2:] = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "--", command[2]]
-        command += [part for option, value in defaults.items() for part in (f"--{option}", value)]
-        command += [option.replace("RUN", str(self.folder / name / "run")) for option in options]
+        words = [part for option, value in defaults.items() for part in (f"--{option}", value)]
+        words += [option.replace("RUN", str(self.folder / name / "run")) for option in options]
         environment = self.environment(script, entry_points)
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        if file_size is not None:
-            pipes["preexec_fn"] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-        process = subprocess.Popen(command, cwd=self.folder, env=environment, **pipes)
-        return Run(process, self.folder / name / "run")
+        log = self.folder / f"{name}.txt"
+        log.unlink(missing_ok=True)
+        process: Process
+        if torchrun:
+            # Without the two dashes torchrun would take --logs for an abbreviation of its own options.
+            launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "--"]
+            command = [sys.executable, "-m", *launcher, "open_clip_train.main", *words]
+            with log.open("wb") as file:
+                process = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=file, stderr=file)
+        else:
+            store = self.folder / f"{name}.store"
+            store.unlink(missing_ok=True)
+            forks = []
+            for rank in range(ranks):
+                told, url = {}, []
+                if ranks > 1:
+                    told = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+                    # A port could be taken by another test; a file cannot.
+                    url = ["--dist-url", f"file://{store}?rank={rank}&world_size={ranks}"]
+                forks.append(
+                    Fork("open_clip_train.main", words + url, self.folder, {**environment, **told}, log, file_size)
+                )
+            process = Forks(forks)
+        return Run(process, self.folder / name / "run", log)
 
     def parse(self, script: Path, entry_points: str | None, *options: str) -> tuple[int, dict[str, Any], str]:
         """Only parses arguments: exit code, arguments as strings, everything printed."""
-        code = "import sys, json; from open_clip_train.params import parse_args; "
-        code += "print(json.dumps(vars(parse_args(sys.argv[1:])), default=str))"
         environment = {**self.environment(script, entry_points), "COLUMNS": "200"}
-        command = [sys.executable, "-c", code, *options]
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
-        args = json.loads(done.stdout) if done.stdout.startswith("{") else {}
-        return done.returncode, args, done.stdout + done.stderr
+        output, parsed = self.folder / "parsed.txt", self.folder / "parsed.json"
+        for file in (output, parsed):
+            file.unlink(missing_ok=True)
+        code = Fork("parse_arguments", [str(parsed), *options], self.folder, environment, output).wait()
+        return code, json.loads(parsed.read_text()) if parsed.exists() else {}, output.read_text()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ They inherit from nothing and import torch late, as a plugin may.
 """
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -142,3 +143,30 @@ def DyingPlugin() -> Any:
 
     DistributedShards.total = dying_total
     return OTCOPlugin()
+
+
+def ListeningPlugin() -> Any:
+    """OTCO, and a model that writes down the tokens of each caption that it is trained on, a line each.
+
+    `--remove FILE --remove-at BATCH` removes a file before that batch.
+    """
+    from openclip_otco.plugin import OTCOPlugin
+
+    class Listening(OTCOPlugin):
+        def add_arguments(self, group: Any) -> None:
+            super().add_arguments(group)
+            group.add_argument("--remove", type=Path)
+            group.add_argument("--remove-at", type=int)
+
+        def prepare_model(self, args: argparse.Namespace, model: Any) -> None:
+            batches = itertools.count()
+
+            def listen(model: Any, inputs: Any) -> None:
+                if next(batches) == args.remove_at:
+                    args.remove.unlink()
+                with (Path(args.logs) / args.name / "captions.jsonl").open("a") as lines:
+                    lines.writelines(json.dumps(row) + "\n" for row in inputs[1].tolist())
+
+            model.register_forward_pre_hook(listen)
+
+    return Listening()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from browser import NoBrowser, launch
+from forks import PATIENCE
 from PIL import Image
 
 # What strangers may write as a caption.
@@ -50,6 +51,7 @@ def visit(browser: Any) -> Iterator[Callable[..., Any]]:
 
     def opened(path: Path, theme: str = "light") -> Any:
         context = browser.new_context(offline=True, color_scheme=theme, viewport={"width": 1280, "height": 900})
+        context.set_default_timeout(1000 * PATIENCE)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))

@@ -12,6 +12,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from forks import PATIENCE
 
 from openclip_otco import models
 from openclip_otco.bert_tiny import FILES, broken_file, make_bert_tiny, vocabulary
@@ -52,7 +53,7 @@ def test_two_processes_may_make_one_folder(made: Path, tmp_path: Path) -> None:
     code = "import sys; from openclip_otco.bert_tiny import make_bert_tiny; make_bert_tiny(sys.argv[1])"
     target = tmp_path / "tiny"
     makers = [subprocess.Popen([sys.executable, "-c", code, str(target)]) for _ in range(2)]
-    assert [maker.wait(timeout=120) for maker in makers] == [0, 0]
+    assert [maker.wait(timeout=PATIENCE) for maker in makers] == [0, 0]
     assert sorted(path.name for path in target.iterdir()) == sorted(FILES)
     assert all((target / name).read_bytes() == (made / name).read_bytes() for name in FILES)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import PATIENCE
 from scipy import stats
 from webdataset.shardlists import expand_urls
 
@@ -45,10 +46,7 @@ if (folder / "out.log").exists():
 (folder / "out.log").touch()
 (folder / "threads").write_text(os.environ.get("OMP_NUM_THREADS", "unset"))
 if args.name in (names := os.environ.get("FAKE_MEET", "").split()):
-    deadline = time.monotonic() + 30
     while not all((Path(args.logs) / name / "out.log").exists() for name in names):
-        if time.monotonic() > deadline:
-            sys.exit("the others did not come")
         time.sleep(0.02)
 print("2026-01-01,00:00:00 | INFO | Running with a single process. Device cpu.", file=sys.stderr)
 for epoch in range(int(args.epochs)):
@@ -60,7 +58,7 @@ for epoch in range(int(args.epochs)):
               file=sys.stderr, flush=True)
     if args.name in os.environ.get("FAKE_HANG", "").split():
         (folder / "pid").write_text(str(os.getpid()))
-        time.sleep(60)
+        time.sleep(3600)
     if args.name in os.environ.get("FAKE_FAIL", "").split():
         for line in range(30):
             print(f"trace {line}", file=sys.stderr)
@@ -158,8 +156,7 @@ def compare_in_a_process(*words, **environment):
 def hanging(process, name):
     """The process number of a run that hangs, once it does."""
     pid = Path("runs/small/runs") / name / "pid"
-    deadline = time.monotonic() + 30
-    while not (pid.is_file() and pid.read_text()) and process.poll() is None and time.monotonic() < deadline:
+    while not (pid.is_file() and pid.read_text()) and process.poll() is None:
         time.sleep(0.02)
     return int(pid.read_text())
 
@@ -313,7 +310,7 @@ def test_a_kill_leaves_a_state_that_resumes(home, number):
     with compare_in_a_process(FAKE_HANG="clean--otco--s0") as process:
         pid = hanging(process, "clean--otco--s0")
         process.send_signal(number)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert not is_alive(pid)
@@ -372,7 +369,7 @@ def test_a_kill_stops_all_jobs(home, number):
     with compare_in_a_process("--jobs", "2", FAKE_HANG=" ".join(names)) as process:
         pids = [hanging(process, name) for name in names]
         process.send_signal(number)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert not any(map(is_alive, pids))
@@ -394,13 +391,12 @@ def test_a_folder_has_one_compare(home, capsys):
         assert f"runs/small: is in use by another `compare` (process {process.pid})" in err
         assert len(err.splitlines()) == 1
         process.kill()
-        process.communicate(timeout=30)
+        process.communicate(timeout=PATIENCE)
         # The training outlives its parent and would still write there.
         assert is_alive(pid)
         assert run(ONE_SEED) == 2
         os.kill(pid, signal.SIGKILL)
-        deadline = time.monotonic() + 10
-        while (code := run(ONE_SEED)) == 2 and time.monotonic() < deadline:
+        while (code := run(ONE_SEED)) == 2:
             time.sleep(0.05)
     assert code == 0
     assert calls() == ["clean--clip--s0", "clean--clip--s0", "clean--otco--s0"]
@@ -408,13 +404,13 @@ def test_a_folder_has_one_compare(home, capsys):
 
 CHILD = """
 import subprocess, sys, time
-below = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+below = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
 sys.stdout.buffer.write(b"one\\rtwo\\r\\nthr\\xc3")
 sys.stdout.buffer.flush()
 time.sleep(0.2)
 sys.stdout.buffer.write(b"\\xa9e" + b"x" * 200_000 + b"\\xff\\n" + str(below.pid).encode() + b"\\n")
 sys.stdout.buffer.flush()
-time.sleep(60)
+time.sleep(3600)
 """
 
 
@@ -436,10 +432,8 @@ def test_a_child_is_followed_line_by_line_and_stopped_with_its_own(tmp_path, mon
         asyncio.run(child.Launcher().run(command, tmp_path / "log", watch))
     assert lines[:3] == ["one\n", "two\n", f"thr\u00e9e{'x' * 200_000}\ufffd\n"]
     assert (tmp_path / "log").read_text().splitlines() == [line.rstrip("\n") for line in lines]
-    deadline = time.monotonic() + 10
-    while is_running(int(lines[3])) and time.monotonic() < deadline:
+    while is_running(int(lines[3])):  # until the test's own time is over
         time.sleep(0.02)
-    assert not is_running(int(lines[3]))
 
 
 def is_running(pid):
@@ -1002,10 +996,17 @@ def test_damaged_results_name_the_line(tmp_path):
         results.read(tmp_path / "results.jsonl")
 
 
-def test_results_of_before_are_readable():
-    kept = results.read(Path(__file__).parents[1] / "docs/results/scenes.jsonl")
-    assert len(kept) == 12
-    assert not results.standard(kept)
+def test_results_of_before_are_readable(home):
+    """Those of the first studies have no retrieval with all captions."""
+    assert run(ONE_SEED) == 0
+    path = Path("runs/small/results.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**line, "retrieval": None}) + "\n" for line in lines))
+    now = results.read(path)
+    path.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "retrieval"}) + "\n" for line in lines))
+    assert results.read(path) == now
+    assert [result.run for result in now] == ["clean--clip--s0", "clean--otco--s0"]
+    assert not results.standard(now)
 
 
 def test_report_names_no_folders(home):

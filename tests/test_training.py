@@ -116,7 +116,7 @@ TWO_RANKS = (
 @pytest.fixture(scope="module")
 def two_ranks(lab: Lab, patched: Path) -> Run:
     data = ("--train-data", str(lab.folder / "large.csv"), "--debug")
-    return lab.start("otco-ranks", patched, OTCO, *TWO_RANKS, *data, ranks=2).wait()
+    return lab.start("otco-ranks", patched, OTCO, *TWO_RANKS, *data, ranks=2, torchrun=True).wait()
 
 
 @pytest.mark.training
