@@ -3,8 +3,6 @@
 import json
 import logging
 import random
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from forks import PATIENCE
+from forks import start_ranks
 
 from openclip_otco import models
 from openclip_otco.bert_tiny import FILES, broken_file, make_bert_tiny, vocabulary
@@ -49,11 +47,13 @@ def test_a_folder_made_twice_is_the_same_and_the_callers_random_stream_stays(mad
     assert (made / "model.safetensors").read_bytes() != (tmp_path / "other/model.safetensors").read_bytes()
 
 
+def _make(rank: int, world: int, target: Path) -> None:
+    make_bert_tiny(target)
+
+
 def test_two_processes_may_make_one_folder(made: Path, tmp_path: Path) -> None:
-    code = "import sys; from openclip_otco.bert_tiny import make_bert_tiny; make_bert_tiny(sys.argv[1])"
     target = tmp_path / "tiny"
-    makers = [subprocess.Popen([sys.executable, "-c", code, str(target)]) for _ in range(2)]
-    assert [maker.wait(timeout=PATIENCE) for maker in makers] == [0, 0]
+    start_ranks(_make, 2, target)
     assert sorted(path.name for path in target.iterdir()) == sorted(FILES)
     assert all((target / name).read_bytes() == (made / name).read_bytes() for name in FILES)
 
