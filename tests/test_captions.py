@@ -68,7 +68,9 @@ def test_an_empty_source_is_passed_over(tmp_path):
     assert caption_problem(f"{shard}::") is None
 
 
-@pytest.mark.parametrize("content", [b"", b"no tar at all" * 100, gzip.compress(b"x" * 5000)[:-10]])
+@pytest.mark.parametrize(
+    "content", [b"", b"no tar at all" * 100, gzip.compress(b"x" * 5000)[:-10]], ids=["empty", "text", "gzip cut off"]
+)
 def test_what_is_no_tar_is_said(tmp_path, content):
     (tmp_path / "a.tar").write_bytes(content)
     problem = caption_problem(str(tmp_path / "a.tar"))
