@@ -6,14 +6,18 @@ file is either OpenCLIP's own or the patched one to the byte, and nobody's chang
 """
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
 import os
 import re
+import shutil
 import stat
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from importlib import resources
@@ -31,6 +35,8 @@ SUPERSEDED = frozenset(
     }
 )
 
+# Folders in the package that hold new contents and backups while files change places.
+_STAGED = ".openclip-otco-"
 _PATCH_NAME = re.compile(rf"{PACKAGE}-(.+)\.patch")
 _HEAD = re.compile(
     rb"(?:(?:new|deleted) file mode 100644\n)?"
@@ -200,6 +206,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _bring_to(goal: State, target: Path | None, version: str | None, dry_run: bool) -> list[Path]:
+    current = _patchable(target, version)
+    if dry_run:
+        return list(_changes(current, goal))
+    assert current.folder is not None
+    with _alone(current.folder / PACKAGE):
+        # Again, as another process may have patched it in the meantime.
+        contents = _changes(_patchable(target, version), goal)
+        for left_by_a_kill in (current.folder / PACKAGE).glob(f"{_STAGED}*"):
+            shutil.rmtree(left_by_a_kill)
+        if contents:
+            _replace_files(contents, current.folder / PACKAGE)
+    return list(contents)
+
+
+def _patchable(target: Path | None, version: str | None) -> Status:
+    """The state of an installation whose files are all OpenCLIP's own or the patched ones."""
     current = status(target, version)
     if current.folder is None:
         where = f" in {target}" if target else f": pip install '{DISTRIBUTION}[training]'"
@@ -213,20 +235,31 @@ def _bring_to(goal: State, target: Path | None, version: str | None, dry_run: bo
         raise PatchError(f"changed by someone else: undo that change, or {_cure(current)}")
     if current.state is State.OUTDATED:
         raise PatchError(f"{current.state.value}: {_cure(current)}")
-    contents: dict[Path, bytes | None] = {}
+    return current
+
+
+def _changes(current: Status, goal: State) -> dict[Path, bytes | None]:
+    """The new content of each file that has to change; None stands for no file."""
+    assert current.folder is not None
+    assert current.version is not None
+    contents = {}
     for patch in load_patch(current.version):
         if current.files[patch.path] is not goal:
             path = current.folder / patch.path
             contents[path] = (patch if goal is State.PATCHED else patch.inverse()).apply(_read(path))
-    if contents and not dry_run:
-        try:
-            _replace_files(contents)
-        finally:
-            # All of them, because a run that was killed may have left some at files that needed no change now.
-            for name in current.files:
-                _new(current.folder / name).unlink(missing_ok=True)
-                _backup(current.folder / name).unlink(missing_ok=True)
-    return list(contents)
+    return contents
+
+
+@contextlib.contextmanager
+def _alone(package: Path) -> Iterator[None]:
+    """Keeps other processes that patch the same package waiting.
+
+    The lock is on a file of the package that no patch changes: nothing is left behind. Open for writing, although
+    nothing is written: NFS locks no other files.
+    """
+    with (package / "__init__.py").open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _cure(current: Status) -> str:
@@ -267,34 +300,36 @@ def _read(path: Path) -> bytes | None:
         return None
 
 
-def _replace_files(contents: Mapping[Path, bytes | None]) -> None:
+def _replace_files(contents: Mapping[Path, bytes | None], package: Path) -> None:
     """Writes or deletes (None) files. On any failure all of them are what they were.
 
-    All that needs space or permission comes first: new contents and backups are staged beside the files, so that only
-    renames are left to do, and to undo. A killed run leaves every single file whole, old or new. The caller deletes
-    what is left of the staged files.
+    All that needs space or permission comes first: new contents and backups are staged in a folder of the package, so
+    that only renames are left to do, and to undo. A killed run leaves every single file whole, old or new.
     """
-    for path, data in contents.items():
-        mode = _mode_for(path)
-        _stage(_new(path), data, mode)
-        _stage(_backup(path), _read(path), mode)
-    done: list[Path] = []
-    try:
-        for path in contents:
-            _move(_new(path), path)
-            done.append(path)
-    except BaseException:
-        for path in done:
-            _move(_backup(path), path)
-        raise
-
-
-def _new(path: Path) -> Path:
-    return path.with_name(f".{path.name}.new")
-
-
-def _backup(path: Path) -> Path:
-    return path.with_name(f".{path.name}.backup")
+    with tempfile.TemporaryDirectory(prefix=_STAGED, dir=package) as folder:
+        new = {path: Path(folder, f"{index}.new") for index, path in enumerate(contents)}
+        old = {path: Path(folder, f"{index}.old") for index, path in enumerate(contents)}
+        for path, data in contents.items():
+            mode = _mode_for(path)
+            if data is not None:
+                _write(new[path], data, mode)
+            if (before := _read(path)) is not None:
+                _write(old[path], before, mode)
+        done: list[Path] = []
+        try:
+            for path, data in contents.items():
+                if data is None:
+                    path.unlink()
+                else:
+                    os.replace(new[path], path)
+                done.append(path)
+        except BaseException:
+            for path in done:
+                if old[path].exists():
+                    os.replace(old[path], path)
+                else:
+                    path.unlink()
+            raise
 
 
 def _mode_for(path: Path) -> int:
@@ -302,22 +337,12 @@ def _mode_for(path: Path) -> int:
     return stat.S_IMODE((path if path.exists() else path.with_name("__init__.py")).stat().st_mode)
 
 
-def _stage(path: Path, data: bytes | None, mode: int) -> None:
-    path.unlink(missing_ok=True)
-    if data is None:
-        return
+def _write(path: Path, data: bytes, mode: int) -> None:
     with path.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     path.chmod(mode)
-
-
-def _move(staged: Path, path: Path) -> None:
-    if staged.exists():
-        os.replace(staged, path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _apply_hunks(data: bytes, hunks: tuple[Hunk, ...], path: str) -> bytes:

@@ -3,6 +3,7 @@
 import ast
 import difflib
 import importlib.util
+import multiprocessing
 import os
 import re
 import shutil
@@ -11,8 +12,10 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from forks import start_ranks
 from hook_fixtures import VERSION, copy_package, original, patched  # noqa: F401
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,7 +46,7 @@ def wheels(original: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
             folder = tmp_path_factory.mktemp(f"wheel-{version}")
             what = f"{patching.DISTRIBUTION}=={version}"
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(folder), what]
-            if subprocess.run(command, capture_output=True, timeout=120).returncode == 0:
+            if subprocess.run(command, capture_output=True, timeout=300).returncode == 0:
                 zipfile.ZipFile(next(folder.glob("*.whl"))).extractall(folder)
                 found[version] = folder
     return found
@@ -112,11 +115,50 @@ def test_partial_is_completed_either_way(package: Path, patched: Path) -> None: 
         for name in ("open_clip_train/train.py", "open_clip_train/params.py"):
             (package / name).write_bytes(before[name])
         # what a killed run can leave behind
-        (package / "open_clip_train/.train.py.new").write_bytes(b"half")
-        (package / "open_clip_train/.main.py.backup").write_bytes(b"old")
+        left = package / "open_clip_train/.openclip-otco-x1y2"
+        left.mkdir()
+        (left / "0.new").write_bytes(b"half")
         assert patching.status(package, VERSION).state is State.PARTIAL
         finish(package, VERSION)
         assert content(package) == expected
+
+
+ROUNDS = 50
+
+
+def _all_patch_then_all_revert(rank: int, world: int, package: Path, expected: list[Content], barrier: Any) -> None:
+    lost = 0
+    for _ in range(ROUNDS):
+        for goal, files in zip((patching.apply, patching.revert), expected, strict=True):
+            barrier.wait()
+            goal(package, VERSION)
+            barrier.wait()
+            lost += rank == 0 and content(package) != files
+    assert lost == 0, f"{lost} of {2 * ROUNDS} times files were lost, left over or not changed"
+
+
+def _some_patch_while_others_revert(
+    rank: int, world: int, package: Path, expected: list[Content], barrier: Any
+) -> None:
+    for _ in range(ROUNDS):
+        barrier.wait()
+        (patching.apply, patching.revert)[rank % 2](package, VERSION)
+        barrier.wait()
+        assert rank or content(package) in expected
+
+
+@pytest.mark.parametrize("work", [_all_patch_then_all_revert, _some_patch_while_others_revert])
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_processes_at_once(
+    original: Path,  # noqa: F811
+    patched: Path,  # noqa: F811
+    tmp_path: Path,
+    world: int,
+    work: Any,
+) -> None:
+    package = copy_package(original, tmp_path / "package")
+    barrier = multiprocessing.get_context("forkserver").Barrier(world)
+    start_ranks(work, world, package, [content(patched), content(original)], barrier)
 
 
 @pytest.mark.parametrize("goal", ["apply", "revert"])
