@@ -33,11 +33,11 @@ class Run:
         """Floats handed to collectives for one warm-started plan.
 
         Initial plan (N + 1), previous potentials (N), the two starts compared (2N), the kernel's duals (N), first
-        half-step (N), one sum (N + 1) an iteration, potentials (N); then diagnostics (3 in double precision), drift (2)
-        and five words of whether something failed.
+        half-step (N), one sum (N + 1) an iteration, potentials (N); then diagnostics (3 in double precision) and drift
+        (2). Before each of these, and at the end of three attempts, one word of whether a rank has failed.
         """
         n = self.support
-        return 0 if self.ranks == 1 else 7 * n + 1 + iterations * (n + 1) + 13
+        return 0 if self.ranks == 1 else 7 * n + 1 + iterations * (n + 1) + 8 + (9 + iterations) + 3
 
     def plan_operations(self, first: bool = False) -> float:
         """Of the products of images with texts in one warm-started plan.

@@ -155,10 +155,10 @@ class PlanCacheCallback:
             logging.info(f"=> resuming OTCO with {len(self.cache)} cached plans (steps {list(self.cache)})")
 
     def _make_plan(self, step: int) -> TransportPlan:
-        # Each of the two ends on all ranks as it ends on one: a plan that one of them lacks would part their losses.
-        attempt = self.solver.shards.attempt
-        features = attempt(self._window_features)
-        plan = attempt(lambda: self.solver.solve(*features, step=step, previous=self.cache.newest))
+        # It ends on all ranks as it ends on one: a plan that one of them lacks would part their losses.
+        plan = self.solver.shards.attempt(
+            lambda: self.solver.solve(*self._window_features(), step=step, previous=self.cache.newest)
+        )
         self.window.clear()
         self.made += 1
         self.cache.add(plan)

@@ -16,6 +16,8 @@ from openclip_otco.ot.sinkhorn import soft_ctransform
 
 # The augmented coordinates below are padded to a multiple of this, which fused attention kernels ask for.
 _HEAD_ALIGNMENT = 8
+# Of a saved plan; costs lie in [0, 2], and what is beyond this or its inverse overflows float32.
+_SMALLEST_EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,10 @@ class TransportPlan:
             raise TypeError("a plan's features and potentials must be float32 tensors")
         if (type(plan.epsilon), type(plan.step), type(plan.coupled)) != (float, int, bool):
             raise TypeError("a plan's epsilon must be a float, its step an int and coupled a bool")
-        if not 0 < plan.epsilon < math.inf or not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-            raise ValueError("a plan's features, potentials and epsilon must be finite")
+        if not _SMALLEST_EPSILON <= plan.epsilon <= 1 / _SMALLEST_EPSILON:
+            raise ValueError(f"a plan's epsilon must lie between 1e-6 and 1e6; got {plan.epsilon}")
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            raise ValueError("a plan's features and potentials must be finite")
         if not all(isinstance(value, int | float) for value in dict(plan.diagnostics).values()):
             raise TypeError("a plan's diagnostics must be plain numbers")
         return plan

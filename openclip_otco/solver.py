@@ -19,8 +19,8 @@ INITIAL_PLANS = ("combinatorial", "emd", "previous", "none")
 COUPLINGS = ("transport", "softmax")
 # The drift between windows is a monitor: a few hundred points of each are enough, and it must not outweigh the plan.
 _DRIFT_SUPPORT = 512
-# Processes share a plan if each gets at least this many points; smaller ones each makes alone, and all the same.
-_LEAST_SHARE = 64
+# Processes share a plan if each gets at least this many points; smaller ones the first process makes for all.
+_LEAST_PART = 8
 # A plan whose L1 marginal error stays above this is no coupling, and its confidence would mean nothing.
 _WORST_ERROR = 0.1
 
@@ -37,7 +37,8 @@ class PlanSolver:
         tolerance: L1 marginal error at which Sinkhorn stops.
         max_iterations: of Sinkhorn.
         seed: breaks the combinatorial plan's ties.
-        shards: the processes that make a plan together: one of them the initial plan, each its share of the rest.
+        shards: the processes that make a plan together: the first one the initial plan, each its share of the rest. A
+            plan of fewer than eight points for each is made by the first one, which alone has its diagnostics.
         coupling: `transport`, or `softmax`: no transport, zero potentials, to see what the marginals are good for.
 
     Raises:
@@ -77,19 +78,28 @@ class PlanSolver:
             ValueError: features that are empty, of different shapes or not finite.
             RuntimeError: the exact plan did not finish, or Sinkhorn stopped far from its marginals.
         """
+        return self.shards.attempt(lambda: self._solve(image_features, text_features, step, previous))
+
+    def _solve(
+        self, image_features: Tensor, text_features: Tensor, step: int, previous: TransportPlan | None
+    ) -> TransportPlan:
         started = time.perf_counter()
         with torch.no_grad(), torch.autocast(image_features.device.type, enabled=False):
             images, texts = image_features.detach().float(), text_features.detach().float()
             cost: Cost = CosineCost(images, texts)
-            shards = self.shards if len(images) >= _LEAST_SHARE * self.shards.count else ALONE
             diagnostics: dict[str, float] = {}
-            if self.coupling == "transport":
-                f, g = self._potentials(cost, texts, previous, diagnostics, shards)
-            else:
+            if self.coupling != "transport":
                 f, g = images.new_zeros(2, len(images))
+            elif len(images) >= _LEAST_PART * self.shards.count:
+                f, g = self._potentials(cost, texts, previous, diagnostics, self.shards)
+            else:
+                f, g = self.shards.first(
+                    lambda: torch.stack(self._potentials(cost, texts, previous, diagnostics, ALONE)),
+                    images.new_zeros(2, len(images)),
+                )
             if previous is not None and previous.image_features.shape[1] == images.shape[1]:
                 sides = ((previous.image_features, images), (previous.text_features, texts))
-                image, text = shards.first(
+                image, text = self.shards.first(
                     lambda: torch.stack([_drift(*side, self.epsilon) for side in sides]), images.new_zeros(2)
                 ).tolist()
                 diagnostics |= {"drift_image": image, "drift_text": text}
@@ -107,7 +117,8 @@ class PlanSolver:
         """`f` and `g`, `(N,)` each, of the entropic plan."""
         # One process alone goes over all of it; of several the first one does, if it makes an initial plan.
         whole = shards.count == 1 or (shards.rank == 0 and self.initial_plan in ("combinatorial", "emd"))
-        cost = shards.attempt(lambda: held(cost) if whole else cost)
+        if whole:
+            cost = held(cost)
         if shards.count > 1:
             cost = HeldParts(cost)
         result = sinkhorn(
@@ -142,8 +153,7 @@ class PlanSolver:
             candidates.append(initial[:-1])
         if self.initial_plan != "none" and previous is not None and previous.text_features.shape[1] == texts.shape[1]:
             mine = shards.part(len(texts))
-            carried = shards.attempt(lambda: previous.text_potential(texts[mine]))
-            candidates.append(shards.joined(carried, len(texts)))
+            candidates.append(shards.joined(previous.text_potential(texts[mine]), len(texts)))
         if not candidates:
             return None
         nearest = nearest_potentials(cost, candidates, self.epsilon, shards=shards) if len(candidates) > 1 else 0
@@ -165,17 +175,14 @@ def _shape_of(cost: Cost, f: Tensor, g: Tensor, epsilon: float, shards: Shards) 
     mine = shards.part(n)
     part, f_mine = (cost, f) if shards.count == 1 else (cost.restricted(mine, slice(None)), f[mine])
 
-    def sums() -> Tensor:
-        own = torch.arange(n, device=f.device)[mine]
-        own_mass = ((f + g)[mine] - cost.entries(own, own)).div_(epsilon).exp_().sum(dtype=torch.float64) / n**2
-        objective, potentials = f.new_zeros(2, dtype=torch.float64)
-        for tile in tiles(part):
-            plan = plan_rows(part, tile, f_mine, g, epsilon, a[: tile.stop - tile.start], a)
-            potentials += (plan @ g + plan.sum(dim=1) * f_mine[tile]).sum(dtype=torch.float64)
-            objective += plan.mul_(part.rows(tile)).sum(dtype=torch.float64)
-        return torch.stack([objective, potentials, own_mass])
-
-    objective, potentials, own_mass = shards.total(sums, f.new_zeros(3, dtype=torch.float64)).tolist()
+    own = torch.arange(n, device=f.device)[mine]
+    own_mass = ((f + g)[mine] - cost.entries(own, own)).div_(epsilon).exp_().sum(dtype=torch.float64) / n**2
+    objective, potentials = f.new_zeros(2, dtype=torch.float64)
+    for tile in tiles(part):
+        plan = plan_rows(part, tile, f_mine, g, epsilon, a[: tile.stop - tile.start], a)
+        potentials += (plan @ g + plan.sum(dim=1) * f_mine[tile]).sum(dtype=torch.float64)
+        objective += plan.mul_(part.rows(tile)).sum(dtype=torch.float64)
+    objective, potentials, own_mass = shards.total(torch.stack([objective, potentials, own_mass])).tolist()
     # log σ_ij = (f_i + g_j - C_ij)/ε - 2 log n
     entropy = 2 * math.log(n) - (potentials - objective) / epsilon
     return {"objective": objective, "entropy": entropy, "own_pair_mass": own_mass}

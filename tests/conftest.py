@@ -9,6 +9,7 @@ import tempfile
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import settings
 from hook_fixtures import lab, original, patched  # noqa: F401 (fixtures for all)
 from page_fixtures import browser, visit  # noqa: F401
 from torch import Tensor
@@ -23,6 +24,13 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     # the folder goes when the session ends.
     _HOME = tempfile.TemporaryDirectory(prefix="openclip-otco-tests-")
     os.environ["OPENCLIP_OTCO_HOME"] = _HOME.name
+
+
+# The same examples each time: a suite that draws new ones is red by chance, for changes that did no harm. To search for
+# more, as one should now and then: HYPOTHESIS_PROFILE=search.
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.register_profile("search", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

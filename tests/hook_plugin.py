@@ -129,19 +129,25 @@ class UnfinishedPlugin(ExamplePlugin):
 
 
 def DyingPlugin() -> Any:
-    """OTCO on two ranks, of which one is killed in the middle of its second plan."""
+    """OTCO on several ranks, of which the second one is killed in the middle of its second plan."""
     from openclip_otco.ot.shards import DistributedShards
     from openclip_otco.plugin import OTCOPlugin
+    from openclip_otco.solver import PlanSolver
 
-    total, calls = DistributedShards.total, []
+    solve, total = PlanSolver.solve, DistributedShards.total
+    plans: list[list[Any]] = []
 
-    def dying_total(self: Any, make: Any, like: Any) -> Any:
-        calls.append(make)
-        if self.rank == 1 and len(calls) == 12:  # a plan takes about eight
+    def counting_solve(self: Any, *arguments: Any, **options: Any) -> Any:
+        plans.append([])
+        return solve(self, *arguments, **options)
+
+    def dying_total(self: Any, part: Any) -> Any:
+        plans[-1].append(part)
+        if self.rank == 1 and len(plans) == 2 and len(plans[-1]) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-        return total(self, make, like)
+        return total(self, part)
 
-    DistributedShards.total = dying_total
+    PlanSolver.solve, DistributedShards.total = counting_solve, dying_total
     return OTCOPlugin()
 
 

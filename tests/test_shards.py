@@ -2,19 +2,27 @@
 
 import importlib
 import logging
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import free_port, paired_features
+import torch.distributed as dist
+from conftest import paired_features
+from cost_model import Run
+from forks import PATIENCE, start_ranks
 
+import openclip_otco
 from openclip_otco import solver
 from openclip_otco.cache import FeatureWindow, PlanCache
 from openclip_otco.callback import PlanCacheCallback
 from openclip_otco.loss import Features, OTCOLoss
 from openclip_otco.ot import CosineCost, nearest_potentials, sinkhorn
 from openclip_otco.ot import cost as cost_module
-from openclip_otco.ot.shards import ALONE, DistributedShards
+from openclip_otco.ot.shards import ALONE, DistributedShards, Shards
 from openclip_otco.solver import PlanSolver
 
 WORLDS = (2, 4)
@@ -93,10 +101,20 @@ def _break(patch, failing, step, hook):
         patch.setattr(owner, name, fail)
 
 
-def _rank(rank, world, port, folder):
+def join(rank, world, folder):
+    """The group of gloo ranks that this one belongs to."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=world, rank=rank)
-    shards = DistributedShards()
+    dist.init_process_group("gloo", f"file://{folder}/store", world_size=world, rank=rank)
+    return DistributedShards()
+
+
+def leave():
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _rank(rank, world, folder):
+    shards = join(rank, world, folder)
     out = {}
     for path, entries in POTENTIALS.items():
         cost_module.DENSE_ENTRIES = entries
@@ -120,16 +138,19 @@ def _rank(rank, world, port, folder):
     for failing in FAILURES:
         hook = train(callback(shards), failing, rank)
         out[failing] = (hook.made, hook.skipped, list(hook.cache), [hook.cache[step].digest() for step in hook.cache])
+    vector = torch.full((3,), float(rank))
+    out["least"] = (shards.attempt(lambda: shards.least(vector)), shards.attempt(lambda: shards.total(vector)), vector)
+    small = PlanSolver(0.1, shards=shards).solve(*paired_features(world * solver._LEAST_PART - 1))
+    out["small"] = (small.digest(), sorted(small.diagnostics))
     torch.save(out, folder / f"{world}-{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module", params=WORLDS)
 def ranks(request, tmp_path_factory):
     """What each of the gloo ranks got."""
     folder: Path = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_rank, (request.param, free_port(), folder), nprocs=request.param)
+    start_ranks(_rank, request.param, folder)
     return [torch.load(folder / f"{request.param}-{rank}.pt") for rank in range(request.param)]
 
 
@@ -184,16 +205,205 @@ def test_a_rank_that_fails_makes_all_skip_that_plan_and_no_other(ranks, failing)
         assert digests == ranks[0][failing][3]
 
 
-def test_small_plans_are_not_shared_out(monkeypatch):
-    class Counting(type(ALONE)):
-        count = 4
-        rank = 1
+def test_what_processes_put_in_stays_as_it_is(ranks):
+    for rank, found in enumerate(ranks):
+        least, total, vector = found["least"]
+        assert vector.tolist() == [rank] * 3
+        assert least.tolist() == [0] * 3
+        assert total.tolist() == [sum(range(len(ranks)))] * 3
 
-        def total(self, make, like):
-            raise AssertionError("asked")
 
-    small = PlanSolver(0.1, shards=Counting()).solve(*paired_features(100))
-    assert small.digest() == PlanSolver(0.1).solve(*paired_features(100)).digest()
+def test_the_first_process_makes_small_plans_for_all(ranks):
+    alone = PlanSolver(0.1).solve(*paired_features(len(ranks) * solver._LEAST_PART - 1))
+    assert {rank["small"][0] for rank in ranks} == {alone.digest()}
+    assert ranks[0]["small"][1] == sorted(alone.diagnostics)
+    assert ranks[1]["small"][1] == ["seconds"]
+
+
+# --- a failure at each line -----------------------------------------------------------------------------------------
+
+PACKAGE = str(Path(openclip_otco.__file__).parent)
+# What makes a failure known; it has no line that could fail alone but for its collective itself.
+PROTOCOL = ("attempt", "_reduced", "_meet")
+
+
+class Tracer:
+    """Sees each line of the package that is run, and fails when it first comes to one of them, `(file, line)`."""
+
+    def __init__(self, failing=None):
+        self.failing, self.lines = failing, {}
+
+    def __call__(self, frame, event, argument):
+        code = frame.f_code
+        ours = code.co_filename.startswith(PACKAGE)
+        if not ours or (code.co_filename.endswith("shards.py") and code.co_name in PROTOCOL):
+            return None
+        return self.line
+
+    def line(self, frame, event, argument):
+        if event == "line":
+            line = (frame.f_code.co_filename, frame.f_lineno)
+            self.lines[line] = f"{frame.f_code.co_name}: line {frame.f_lineno} of {frame.f_code.co_filename}"
+            if line == self.failing:
+                self.failing = None
+                raise MemoryError(self.lines[line])
+        return self.line
+
+    def run(self, make):
+        """What `make` gives, or the error that it ends with."""
+        sys.settrace(self)
+        try:
+            return make()
+        except Exception as error:
+            return error
+        finally:
+            sys.settrace(None)
+
+
+def scenarios(shards):
+    """Solves that go through all lines which ranks go through together: matrices kept and streamed, near and far."""
+    first = PlanSolver(0.05).solve(*paired_features(48, seed=1))
+    again = PlanSolver(0.05, shards=shards)
+
+    def streamed(start):
+        cost_module.DENSE_ENTRIES = 0
+        try:
+            init = None if start == "zero" else (torch.zeros(48), torch.linspace(-9, 9, 48))
+            cost = CosineCost(*paired_features(48, seed=2))
+            return sinkhorn(cost, 0.02, init=init, tol=1e-3, max_iterations=9, shards=shards)
+        finally:
+            cost_module.DENSE_ENTRIES = POTENTIALS["kept"]
+
+    def far():
+        init = (torch.zeros(48), torch.linspace(-9, 9, 48))
+        return sinkhorn(CosineCost(*paired_features(48, seed=2)), 0.02, init=init, max_iterations=9, shards=shards)
+
+    return {
+        "a plan": lambda: again.solve(*paired_features(48, seed=2), step=1, previous=first),
+        "streamed": lambda: streamed("zero"),
+        "streamed from afar": lambda: streamed("far"),
+        "kept from afar": far,
+    }
+
+
+def _fails_at_each_line(rank, world, folder):
+    shards = join(rank, world, folder)
+    out = {"lines": 0, "wrong": []}
+    seen = set()
+    for name, solve in scenarios(shards).items():
+        make = partial(shards.attempt, solve)  # as the callback does
+        tracer = Tracer()
+        sound = tracer.run(make)
+        assert not isinstance(sound, Exception), sound
+        for failing_rank in range(world):
+            # The ranks go through the lines of one of them, together.
+            told = [[line for line in tracer.lines if (failing_rank, line) not in seen]]
+            dist.broadcast_object_list(told, src=failing_rank)
+            for line in told[0]:
+                seen.add((failing_rank, line))
+                found = Tracer(line if rank == failing_rank else None).run(make)
+                expected = MemoryError if rank == failing_rank else RuntimeError
+                if type(found) is not expected:
+                    out["wrong"].append((name, failing_rank, line, repr(found)))
+                out["lines"] += 1
+        again = make()
+        assert torch.equal(again.g, sound.g), name
+    torch.save(out, folder / f"{rank}.pt")
+    leave()
+
+
+def test_wherever_a_rank_fails_all_leave_and_the_next_plan_is_sound(tmp_path):
+    """Each line of the package that a rank comes to in a solve fails in turn. A rank left waiting would never end."""
+    start_ranks(_fails_at_each_line, 2, tmp_path)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert [rank["wrong"] for rank in found] == [[], []]
+    assert found[0]["lines"] == found[1]["lines"] > 300
+
+
+# --- many ranks -----------------------------------------------------------------------------------------------------
+
+
+class Meeting:
+    """Where the threads that play ranks meet: each brings a tensor, and all get what comes of them."""
+
+    def __init__(self, count):
+        self.brought, self.result, self.combine = [None] * count, None, None
+        self.barrier = threading.Barrier(count, self._combined)
+
+    def _combined(self):
+        if self.combine is not None:
+            self.result, self.combine = self.combine(torch.stack(self.brought)), None
+
+    def __call__(self, rank, part, combine):
+        self.brought[rank], self.combine = part, combine
+        self.barrier.wait(PATIENCE)
+        result = self.result.clone()
+        self.barrier.wait(PATIENCE)  # nobody brings the next one before all have this one
+        return result
+
+
+class ThreadShards(Shards):
+    """One of many ranks, played by threads of one process; it counts what it hands to collectives, as if it told of
+    failures before each of them."""
+
+    def __init__(self, rank, count, meeting):
+        self.rank, self.count, self.meeting = rank, count, meeting
+        self.floats = 0
+
+    def total(self, part):
+        self.floats += part.numel() * part.element_size() // 4 + 1
+        return self.meeting(self.rank, part, lambda parts: parts.sum(dim=0))
+
+    def least(self, part):
+        self.floats += part.numel() + 1
+        return self.meeting(self.rank, part, lambda parts: parts.amin(dim=0))
+
+    def first(self, make, like):
+        return self.total(make() if self.rank == 0 else torch.zeros_like(like))
+
+    def joined(self, part, size):
+        whole = part.new_zeros(size)
+        whole[self.part(size)] = part
+        return self.total(whole)
+
+    def attempt(self, make):
+        made = make()
+        self.floats += 1
+        return made
+
+
+def test_256_ranks_share_a_plan(monkeypatch):
+    """At the default cap, from 129 ranks on, each of them once made the whole plan for itself."""
+    count, n = 256, solver._LEAST_PART * 256
+    previous = PlanSolver(0.05).solve(*paired_features(n, seed=1))
+    pair = paired_features(n, seed=2)
+    alone = PlanSolver(0.05).solve(*pair, step=1, previous=previous)
+    meeting = Meeting(count)
+    group = [ThreadShards(rank, count, meeting) for rank in range(count)]
+    sizes = {}  # of the largest matrix that a rank lays out
+    whole, local = cost_module.whole, threading.local()
+
+    def watched(cost):
+        rank = getattr(local, "rank", None)
+        sizes[rank] = max(sizes.get(rank, 0), cost.shape[0] * cost.shape[1])
+        return whole(cost)
+
+    def solve(shards):
+        local.rank = shards.rank
+        torch.set_num_threads(1)
+        return PlanSolver(0.05, shards=shards).solve(*pair, step=1, previous=previous)
+
+    monkeypatch.setattr(cost_module, "whole", watched)
+    with ThreadPoolExecutor(count) as pool:
+        plans = list(pool.map(solve, group))
+    assert len({plan.digest() for plan in plans}) == 1
+    offset = plans[0].f.mean() - alone.f.mean()  # potentials are free up to a constant
+    torch.testing.assert_close(plans[0].f - offset, alone.f, atol=2e-3, rtol=0)
+    assert sizes.pop(0) == n * n  # the initial plan
+    assert set(sizes) == set(range(1, count))
+    assert max(sizes.values()) <= n * n // count
+    run = Run(batch=1, ranks=count, window=8, max_support=n)
+    assert {shards.floats for shards in group} == {run.plan_floats(int(plans[0].diagnostics["iterations"]))}
 
 
 def test_the_digest_is_logged_in_debug_mode_alone(caplog):

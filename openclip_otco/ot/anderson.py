@@ -18,6 +18,9 @@ _WORSE = 1.5
 _PATIENCE = 10
 # Ridge of the least-squares problem, as a share of its mean diagonal.
 _RIDGE = 1e-10
+# Steps that hardly differ ask for huge shares of each other. Potentials are free up to a constant, so that no error
+# would tell how far such a point has gone, until its digits are lost.
+_LARGEST_SHARE = 1e4
 
 
 class Anderson:
@@ -60,4 +63,7 @@ class Anderson:
         gram = changes @ changes.T
         gram.diagonal().add_(_RIDGE * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
         share = torch.linalg.lstsq(gram, (changes @ residuals[-1])[:, None]).solution.squeeze(1)
+        if not bool((share.abs() <= _LARGEST_SHARE).all()):
+            self._combined = False
+            return image
         return image - share.to(image.dtype) @ (images[1:] - images[:-1])

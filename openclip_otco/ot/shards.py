@@ -1,8 +1,9 @@
 """Sharing a solve among processes: each takes a slice of the columns, and what it cannot know alone is summed up.
 
-Every process goes through the same collectives in the same order, whatever happens to it in what it is asked to `make`:
-one that fails there puts in what no sound process would, so that all of them see the failure at once and none waits for
-another that has left.
+Every process has to go through the same collectives in the same order, whatever happens to it. So what processes do
+together is an `attempt`, and before each of its collectives they tell each other whether all of them came so far. A
+process that fails, on whatever line, tells that in place of its next collective, and all leave the attempt with an
+error. This costs a sum of one number before each collective, and needs no guard at any other place.
 """
 
 from __future__ import annotations
@@ -18,10 +19,7 @@ T = TypeVar("T")
 
 
 class Shards:
-    """The processes that solve a problem together. This one solves it alone.
-
-    Wherever processes `make` a tensor, `like` says what shape, type and device it has in all of them.
-    """
+    """The processes that solve a problem together. This one solves it alone."""
 
     rank = 0
     count = 1
@@ -30,28 +28,32 @@ class Shards:
         """This process's share of `size` rows or columns; shares differ by one at most."""
         return slice(size * self.rank // self.count, size * (self.rank + 1) // self.count)
 
-    def total(self, make: Callable[[], Tensor], like: Tensor) -> Tensor:
-        """The sum over all processes of what each makes, equal to the bit on all of them.
+    def total(self, part: Tensor) -> Tensor:
+        """The sum over all processes of their `part`, equal to the bit on all of them.
 
         Raises:
             RuntimeError: another process failed. Where it failed its own error is raised.
         """
-        return make()
+        return part
 
-    def least(self, make: Callable[[], Tensor], like: Tensor) -> Tensor:
+    def least(self, part: Tensor) -> Tensor:
         """The elementwise minimum over all processes; errors as in `total`."""
-        return make()
+        return part
 
     def first(self, make: Callable[[], Tensor], like: Tensor) -> Tensor:
-        """What the first process makes; the others only wait. Errors as in `total`."""
+        """What the first process makes, of the shape, type and device of `like`; the others only wait. Errors as in
+        `total`."""
         return make()
 
     def joined(self, part: Tensor, size: int) -> Tensor:
-        """All shares, `(size,)`, of a vector of which this process has its own."""
+        """All shares, `(size,)`, of a vector of which this process has its own; errors as in `total`."""
         return part
 
     def attempt(self, make: Callable[[], T]) -> T:
-        """What this process makes, if none of them fails; errors as in `total`."""
+        """What this process makes, if none of them fails; errors as in `total`.
+
+        All collectives belong into an attempt. One attempt may be part of another.
+        """
         return make()
 
 
@@ -64,47 +66,51 @@ class DistributedShards(Shards):
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
+        # Made beforehand: a process that is out of memory has to be able to tell it.
+        self._failed = torch.zeros(1, device="cuda" if "nccl" in dist.get_backend(group) else "cpu")
+        self._attempts = 0
+        self._failure_is_known = False
 
-    def total(self, make: Callable[[], Tensor], like: Tensor) -> Tensor:
-        return self._reduced(make, like, dist.ReduceOp.SUM, torch.nan)
+    def total(self, part: Tensor) -> Tensor:
+        return self._reduced(part.clone(memory_format=torch.contiguous_format), dist.ReduceOp.SUM)
 
-    def least(self, make: Callable[[], Tensor], like: Tensor) -> Tensor:
-        return self._reduced(make, like, dist.ReduceOp.MIN, -torch.inf)
+    def least(self, part: Tensor) -> Tensor:
+        return self._reduced(part.clone(memory_format=torch.contiguous_format), dist.ReduceOp.MIN)
 
     def first(self, make: Callable[[], Tensor], like: Tensor) -> Tensor:
-        # As a sum: a process that fails alone and one that is not asked then do the same thing.
-        return self.total(make if self.rank == 0 else lambda: torch.zeros_like(like), like)
+        # As a sum, which is exact: what the others add is zero.
+        return self.total(make() if self.rank == 0 else torch.zeros_like(like))
 
     def joined(self, part: Tensor, size: int) -> Tensor:
         whole = part.new_zeros(size)
         whole[self.part(size)] = part
-        dist.all_reduce(whole, group=self.group)
-        return whole
+        return self._reduced(whole, dist.ReduceOp.SUM)
 
     def attempt(self, make: Callable[[], T]) -> T:
-        error, made = None, None
+        if self._attempts == 0:
+            self._failure_is_known = False
+        self._attempts += 1
         try:
             made = make()
-        except Exception as caught:
-            error = caught
-        device = "cuda" if "nccl" in dist.get_backend(self.group) else "cpu"
-        failed = torch.tensor(float(error is not None), device=device)
-        dist.all_reduce(failed, group=self.group)
-        if error is not None:
-            raise error
-        if float(failed):
-            raise RuntimeError(f"{int(failed)} of {self.count} ranks failed")
-        return made  # type: ignore[return-value]
+            self._meet()
+        except Exception:
+            if not self._failure_is_known:
+                self._meet(failed=True)
+            raise
+        finally:
+            self._attempts -= 1
+        return made
 
-    def _reduced(self, make: Callable[[], Tensor], like: Tensor, op: Any, poison: float) -> Tensor:
-        error: Exception | None = None
-        try:
-            part = make().contiguous()
-        except Exception as caught:
-            error, part = caught, torch.full_like(like, poison)
+    def _reduced(self, part: Tensor, op: Any) -> Tensor:
+        self._meet()
         dist.all_reduce(part, op, group=self.group)
-        if error is not None:
-            raise error
-        if bool((part == poison).any() if poison == poison else part.isnan().any()):
-            raise RuntimeError("another rank failed")
         return part
+
+    def _meet(self, failed: bool = False) -> None:
+        """Tells the others whether this process failed; raises if it did not, but another one did."""
+        self._failed.fill_(failed)
+        dist.all_reduce(self._failed, group=self.group)
+        count = int(self._failed)
+        self._failure_is_known = count > 0
+        if count and not failed:
+            raise RuntimeError(f"{count} of {self.count} ranks failed")

@@ -80,6 +80,19 @@ def sinkhorn(
         ValueError: `ε`, `tol` or `max_iterations` not positive; potentials of the wrong length or not finite; bad
             marginals or cost.
     """
+    return shards.attempt(lambda: _sinkhorn(cost, epsilon, a, b, init, tol, max_iterations, shards))
+
+
+def _sinkhorn(
+    cost: CostLike,
+    epsilon: float,
+    a: Tensor | None,
+    b: Tensor | None,
+    init: SparsePlan | SinkhornResult | Potentials | None,
+    tol: float,
+    max_iterations: int,
+    shards: Shards,
+) -> SinkhornResult:
     if not 0 < epsilon < math.inf or not tol > 0 or max_iterations < 1:
         raise ValueError(
             f"epsilon (finite) and tol must be positive and max_iterations at least 1; "
@@ -123,7 +136,12 @@ def nearest_potentials(
 ) -> int:
     """Which of the candidate `g`, each `(m,)`, is nearest to the solution: the index of the one whose plan, after one
     half-step, has the smallest L1 error of its column marginal."""
-    cost = as_cost(cost)
+    return shards.attempt(lambda: _nearest_potentials(as_cost(cost), candidates, epsilon, a, b, shards))
+
+
+def _nearest_potentials(
+    cost: Cost, candidates: Sequence[Tensor], epsilon: float, a: Tensor | None, b: Tensor | None, shards: Shards
+) -> int:
     if not candidates or any(g.shape != (cost.shape[1],) for g in candidates):
         raise ValueError(
             f"candidates must be at least one potential of shape ({cost.shape[1]},); "
@@ -156,8 +174,10 @@ def _solve(
     cost: Cost, g: Tensor, epsilon: float, a: Tensor, b: Tensor, tol: float, max_iterations: int, shards: Shards
 ) -> tuple[Tensor, Tensor, float, int]:
     """Potentials with exact columns, their row error and the iterations taken, from `g`; all masses are positive."""
+    if shards.count > min(cost.shape):
+        shards = ALONE  # there is not a row and a column for each of them
     mine = shards.part(cost.shape[1])
-    part = shards.attempt(lambda: held(cost.restricted(slice(None), mine) if shards.count > 1 else cost))
+    part = held(cost.restricted(slice(None), mine) if shards.count > 1 else cost)
     half_steps: _Kernel | _Stream
     if isinstance(part, DenseCost):
         half_steps = _Kernel(part, g[mine], epsilon, a, b[mine], shards)
@@ -165,7 +185,7 @@ def _solve(
     else:
         half_steps = _Stream(part.transposed(), epsilon, b[mine], a, shards)
         some = cost.restricted(shards.part(cost.shape[0]), slice(None))
-        f = shards.joined(shards.attempt(lambda: soft_ctransform(some, g, epsilon, b.log())), cost.shape[0])
+        f = shards.joined(soft_ctransform(some, g, epsilon, b.log()), cost.shape[0])
     acceleration = Anderson(a)
     best = f, g[mine], math.inf
     iterations = 0
@@ -197,15 +217,16 @@ class _Stream:
 
     def step(self, g: Tensor) -> tuple[Tensor, Tensor]:
         """The `f`, `(n,)`, that makes these rows exact beside `g`, `(m,)`, and the next `g` from all rows."""
-        parts: list[Tensor] = []
-        sums = self.shards.total(lambda: self._sums(g, parts), g)
-        f = torch.cat(parts).mul_(-self.epsilon)
+        f, column_sums = self._half_step(g)
+        sums = self.shards.total(column_sums)
         if bool((sums < _VANISHED * self.b).any()):
             # A column too dear for every row: its sum has underflowed, and only a logarithm of its own can tell.
             return f, self._log_domain(f, g)
         return f, torch.where(self.b > 0, g - self.epsilon * (sums / self.b).log(), g)
 
-    def _sums(self, g: Tensor, parts: list[Tensor]) -> Tensor:
+    def _half_step(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """The `f`, `(n,)`, that makes these rows exact, and what these rows add to the column sums, `(m,)`."""
+        parts: list[Tensor] = []
         bias = g / self.epsilon + self.b.log()
         column = torch.zeros_like(g)
         for tile, costs, work in workspaces(self.cost):
@@ -214,13 +235,13 @@ class _Stream:
             total = logits.sub_(top[:, None]).exp_().sum(dim=1)
             parts.append(top.add_(total.log()))
             column.addmv_(logits.T, self.a[tile] / total)
-        return column
+        return torch.cat(parts).mul_(-self.epsilon), column
 
     def _log_domain(self, f: Tensor, g: Tensor) -> Tensor:
-        mine = self.shards.attempt(lambda: soft_ctransform(self.cost.transposed(), f, self.epsilon, self.a.log()))
+        mine = soft_ctransform(self.cost.transposed(), f, self.epsilon, self.a.log())
         # exp(-g/ε) adds up over the processes; about the least of them nothing overflows.
-        least = self.shards.least(lambda: mine, g)
-        return least - self.epsilon * self.shards.total(lambda: ((least - mine) / self.epsilon).exp(), g).log()
+        least = self.shards.least(mine)
+        return least - self.epsilon * self.shards.total(((least - mine) / self.epsilon).exp()).log()
 
 
 class _Kernel:
@@ -234,21 +255,12 @@ class _Kernel:
 
     def _centre(self, g: Tensor, f: Tensor | None = None) -> None:
         """Makes the kernel about duals that are grown from `g`; where that is not finite, from `f`."""
-        grown: list[Tensor] = []
-
-        def rows() -> Tensor:
-            start = g if f is None or bool(g.isfinite().all()) else feasible_duals(self.cost.transposed(), f)[0]
-            own_f, own_g = feasible_duals(self.cost, start)
-            grown.append(own_g)
-            return own_f
-
-        self.f = self.shards.least(rows, self.a)
-        alone = self.shards.count == 1
+        start = g if f is None or bool(g.isfinite().all()) else feasible_duals(self.cost.transposed(), f)[0]
+        own_f, own_g = feasible_duals(self.cost, start)
+        self.f = self.shards.least(own_f)
         # Beside the duals of all processes' rows this one's columns may have to be lower.
-        self.g = grown[0] if alone else self.shards.attempt(
-            lambda: feasible_duals(self.cost.transposed(), self.f)[0]
-        )  # fmt: skip
-        self.kernel = self.shards.attempt(self._filled)
+        self.g = own_g if self.shards.count == 1 else feasible_duals(self.cost.transposed(), self.f)[0]
+        self.kernel = self._filled()
 
     def _filled(self) -> Tensor:
         matrix = torch.empty(self.cost.shape, dtype=self.cost.dtype, device=self.cost.device)
@@ -263,7 +275,7 @@ class _Kernel:
     def rows(self, g: Tensor) -> Tensor:
         """The `f`, `(n,)`, that makes the rows exact beside `g`, `(m,)`, about which the kernel was made."""
         scaling = ((g - self.g) / self.epsilon).exp()
-        sums = self.shards.total(lambda: torch.mv(self.kernel, self.b * scaling), self.f)
+        sums = self.shards.total(torch.mv(self.kernel, self.b * scaling))
         return self.f - self.epsilon * sums.log()
 
     def step(self, f: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,18 +288,12 @@ class _Kernel:
         return g, next_f
 
     def _step(self, f: Tensor) -> tuple[Tensor, Tensor, bool]:
-        columns = torch.empty_like(self.g)
-
-        def rows() -> Tensor:
-            weight = self.a * ((f - self.f) / self.epsilon).exp()
-            torch.mv(self.kernel.T, weight, out=columns)
-            unsafe = (weight.amax() > math.exp(_ABSORB)) | ~(columns.amin() >= _VANISHED)
-            # What is no number could not be told from a failure; the zero that stands for it is unsafe as well.
-            sums = torch.mv(self.kernel, self.b / columns).nan_to_num_(nan=0.0, posinf=0.0)
-            return torch.cat([sums, unsafe[None].to(sums.dtype)])
-
+        weight = self.a * ((f - self.f) / self.epsilon).exp()
+        columns = torch.mv(self.kernel.T, weight)
+        unsafe = (weight.amax() > math.exp(_ABSORB)) | ~(columns.amin() >= _VANISHED)
+        rows = torch.mv(self.kernel, self.b / columns)
         # With the sums goes word of whether a process has to make its kernel anew, which all have to do together.
-        sums = self.shards.total(rows, torch.cat([self.f, self.f[:1]]))
+        sums = self.shards.total(torch.cat([rows, unsafe[None].to(rows.dtype)]))
         rows_, unsafe = sums[:-1], sums[-1]
         safe = bool((unsafe == 0) & (rows_.amin() >= _VANISHED))
         return self.g - self.epsilon * columns.log(), self.f - self.epsilon * rows_.log(), safe
