@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -79,6 +80,15 @@ class FeatureWindow:
     def clear(self) -> None:
         self._batches.clear()
 
+    def digest(self) -> str:
+        """A hash of the features: equal on two ranks only if they are, to the bit."""
+        digest = hashlib.sha256()
+        for images, texts in self._batches:
+            digest.update(str(tuple(images.shape)).encode())
+            for side in (images, texts):
+                digest.update(side.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def state_dict(self) -> dict[str, Any]:
         return {"batches": [list(batch) for batch in self._batches], "dropped": self.dropped}
 
@@ -140,6 +150,11 @@ class PlanCache:
         while len(self) > self.size:
             self._plans.popitem(last=False)
 
+    def drop_before(self, step: int) -> None:
+        """Drops the plans of earlier steps."""
+        for old in [at for at in self._plans if at < step]:
+            del self._plans[old]
+
     def clear(self) -> None:
         self._plans.clear()
 
@@ -147,6 +162,11 @@ class PlanCache:
         """`count` different plans for `step`, or all where there are fewer."""
         generator = random.Random(f"{self.seed}/{step}")
         return tuple(generator.sample(list(self._plans.values()), min(count, len(self))))
+
+    def digest(self) -> str:
+        """A hash of the plans: equal on two ranks only if they are, to the bit."""
+        plans = [f"{plan.step} {plan.epsilon} {plan.coupled} {plan.digest()}" for plan in self._plans.values()]
+        return hashlib.sha256("\n".join(plans).encode()).hexdigest()[:16]
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain types only."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Mapping
@@ -34,15 +35,17 @@ class PlanCacheCallback:
 
     A plan that fails on one rank is skipped on all, logged and counted, and training goes on with the last good one.
     All ranks see the same gathered features and make each plan together, so they hold the same plans; with `--debug`
-    each of them logs a digest of its own.
+    each of them logs a digest of its own. A saved state is taken up by all ranks or by none.
 
     Args:
-        loss: the loss to set plans of; its gathered features feed the window.
+        loss: the loss to set plans of; its gathered features feed the window, and are released then.
         window: features of the last `Δ` steps.
         cache: the plans kept.
         solver: from features to plan.
         plans_per_step: `K >= 1`, plans drawn each step.
         warmup: share of all steps, in `[0, 1]`, before the plans act.
+        max_age: windows after which a plan is dropped, at least the cache's size. A plan gets as old as that only if
+            newer ones fail, and says little by then: without plans the loss is `ClipLoss`.
         device: where resumed plans go; made ones are where the features are.
         log_every: steps between two log lines, and between two figures for TensorBoard; every plan's scalars go there
             and to W&B.
@@ -50,7 +53,7 @@ class PlanCacheCallback:
         wandb: whether to log to W&B.
 
     Raises:
-        ValueError: `plans_per_step` below one, `warmup` outside `[0, 1]`.
+        ValueError: `plans_per_step` below one, `warmup` outside `[0, 1]`, `max_age` below the cache's size.
     """
 
     name = "otco"
@@ -63,6 +66,7 @@ class PlanCacheCallback:
         solver: PlanSolver,
         plans_per_step: int = 1,
         warmup: float = 0.05,
+        max_age: int = 32,
         device: torch.device | str = "cpu",
         log_every: int = 100,
         master: bool = True,
@@ -72,12 +76,17 @@ class PlanCacheCallback:
             raise ValueError(f"plans_per_step must be at least 1; got {plans_per_step}")
         if not 0 <= warmup <= 1:
             raise ValueError(f"warmup must lie in [0, 1]; got {warmup}")
+        if max_age < cache.size:
+            raise ValueError(f"max_age must be at least the cache's size, {cache.size}; got {max_age}")
         self.loss, self.window, self.cache, self.solver = loss, window, cache, solver
-        self.plans_per_step, self.warmup = plans_per_step, warmup
+        loss.keeps_gathered = True
+        self.plans_per_step, self.warmup, self.max_age = plans_per_step, warmup, max_age
         self.device, self.log_every, self.master, self.wandb = device, log_every, master, wandb
         self.warmup_steps = 0
         self.made = 0
         self.skipped = 0
+        self.steps = 0
+        self.acted = 0  # steps in which plans changed the loss
         self._next_line = self._next_warning = 0
         self._failure: Exception | None = None
 
@@ -86,6 +95,8 @@ class PlanCacheCallback:
         self.warmup_steps = math.ceil(self.warmup * total_steps)
         self._next_line = step
         self._set_plans(step)
+        if self.master and step < total_steps:
+            self._warn_of_idle_plans(step, total_steps)
 
     def on_step_end(
         self,
@@ -97,13 +108,9 @@ class PlanCacheCallback:
         writer: PlanWriter | None = None,
     ) -> None:
         """Called after each optimizer step; every `Δ` of them make a plan."""
-        gathered = self.loss.gathered or (features["image_features"], features["text_features"])
-        try:
-            self.window.add(*gathered, step=step)
-        except Exception as error:
-            # Not the time to tell: the other ranks only listen when a plan is due.
-            self._failure = self._failure or error
-            self.window.skip()
+        self.steps += 1
+        self.acted += self.loss.acting
+        self._feed(features, step)
         try:
             plan = self._make_plan(step) if self.window.full else None
         except Exception as error:  # whatever it is, no plan is worth a run
@@ -119,9 +126,11 @@ class PlanCacheCallback:
         """Nothing to do: windows run on from epoch to epoch."""
 
     def on_train_end(self, *, step: int, writer: PlanWriter | None = None) -> None:
-        if self.master and self.made + self.skipped:
-            logging.info(
+        if self.master and self.steps:
+            logging.log(
+                logging.INFO if self.acted else logging.WARNING,
                 f"OTCO Plans: {self.made} made, {self.skipped} skipped, {self.window.dropped} non-finite pairs dropped"
+                f"; plans acted in {self.acted} of {self.steps} steps",
             )
 
     def on_save_checkpoint(self) -> dict[str, Any]:
@@ -131,28 +140,69 @@ class PlanCacheCallback:
             "window": self.window.state_dict(),
             "made": self.made,
             "skipped": self.skipped,
+            "steps": self.steps,
+            "acted": self.acted,
         }
 
     def on_load_checkpoint(self, state: Mapping[str, Any] | None) -> None:
-        """Takes up a saved state; without one the cache starts empty, and a line says so."""
-        if state is None:
-            if self.master:
-                logging.info("=> no OTCO state in the checkpoint, starting with an empty plan cache")
-            return
+        """Takes up a saved state if all ranks have the same one; else the cache starts empty, and a line says so."""
+        shards = self.solver.shards
         try:
-            made, skipped = int(state["made"]), int(state["skipped"])
-            self.cache.load_state_dict(state["cache"], self.device)
-            self.window.load_state_dict(state["window"], self.device)
+            # Ranks of different plans or windows would part in their losses, or wait for each other.
+            mine = shards.attempt(lambda: self._take_up(state))
+            first = shards.first(lambda: mine.clone(), torch.zeros_like(mine))
+            shards.attempt(lambda: _check_equal(mine, first))
         except Exception as error:  # of another version, or broken: the weights are worth more than the plans
             self.cache.clear()
             self.window.clear()
+            self.made = self.skipped = self.steps = self.acted = 0
             if self.master:
+                usable = "not usable" if shards.count == 1 else "not usable on all ranks"
                 reason = f"{type(error).__name__}: {error}"
-                logging.warning(f"=> OTCO state in the checkpoint is not usable, starting with an empty one. {reason}")
+                logging.warning(f"=> OTCO state in the checkpoint is {usable}, starting with an empty one. {reason}")
             return
-        self.made, self.skipped = made, skipped
-        if self.master:
+        if self.master and state is None:
+            logging.info("=> no OTCO state in the checkpoint, starting with an empty plan cache")
+        elif self.master:
             logging.info(f"=> resuming OTCO with {len(self.cache)} cached plans (steps {list(self.cache)})")
+
+    def _take_up(self, state: Mapping[str, Any] | None) -> Tensor:
+        """A number, a scalar, that is equal on two ranks only if they took up the same plans and window."""
+        digest = "none"
+        if state is not None:
+            made, skipped = int(state["made"]), int(state["skipped"])
+            # Older checkpoints do not have these.
+            steps, acted = int(state.get("steps", 0)), int(state.get("acted", 0))
+            self.cache.load_state_dict(state["cache"], self.device)
+            self.window.load_state_dict(state["window"], self.device)
+            self.made, self.skipped, self.steps, self.acted = made, skipped, steps, acted
+            digest = self.cache.digest() + self.window.digest()
+        # 48 bits: a float64, which ranks can send to each other, holds them exactly.
+        number = int(hashlib.sha256(digest.encode()).hexdigest()[:12], 16)
+        return torch.tensor(float(number), dtype=torch.float64, device=self.device)
+
+    def _warn_of_idle_plans(self, step: int, total_steps: int) -> None:
+        """Tells of settings that leave no step to the plans."""
+        first_plan = step if len(self.cache) else step + self.window.steps - len(self.window)
+        idle = "OTCO: No plan will act, and pairs count as with --loss clip:"
+        if first_plan >= total_steps:
+            logging.warning(
+                f"{idle} --otco-window {self.window.steps} is not full before the last of {total_steps} steps. "
+                "Choose a smaller window, or train longer."
+            )
+        if self.warmup_steps >= total_steps:
+            logging.warning(
+                f"{idle} --otco-warmup {self.warmup} takes all of {total_steps} steps. Choose a smaller share."
+            )
+
+    def _feed(self, features: Mapping[str, Tensor], step: int) -> None:
+        try:
+            gathered = self.loss.take_gathered() or (features["image_features"], features["text_features"])
+            self.window.add(*gathered, step=step)
+        except Exception as error:
+            # Not the time to tell: the other ranks only listen when a plan is due.
+            self._failure = self._failure or error
+            self.window.skip()
 
     def _make_plan(self, step: int) -> TransportPlan:
         # It ends on all ranks as it ends on one: a plan that one of them lacks would part their losses.
@@ -177,9 +227,17 @@ class PlanCacheCallback:
         if self.master and step >= self._next_warning:
             self._next_warning = step + self.log_every
             reason = f"{type(error).__name__}: {error}"
-            logging.warning(f"OTCO plan at step {step} skipped, going on with the last good one. {reason}")
+            going_on = "with the last good one" if len(self.cache) else "without a plan, as with --loss clip"
+            logging.warning(f"OTCO plan at step {step} skipped, going on {going_on}. {reason}")
 
     def _set_plans(self, step: int) -> None:
+        had_plans = len(self.cache) > 0
+        self.cache.drop_before(step - self.max_age * self.window.steps)
+        if self.master and had_plans and not len(self.cache):
+            logging.warning(
+                f"OTCO: The last good plan is older than --otco-max-age {self.max_age} windows and acts no longer. "
+                "Until a plan succeeds, pairs count as with --loss clip."
+            )
         if step < self.warmup_steps:
             self.loss.set_plans((), None)
         else:
@@ -218,6 +276,11 @@ class PlanCacheCallback:
             add_figures(writer, plan)
         except Exception as error:  # no picture is worth a run
             logging.warning(f"OTCO plan at step {plan.step}: no figures. {type(error).__name__}: {error}")
+
+
+def _check_equal(mine: Tensor, first: Tensor) -> None:
+    if not torch.equal(mine, first):
+        raise ValueError("the state differs from that of the first rank")
 
 
 def _line(metrics: Mapping[str, float]) -> str:

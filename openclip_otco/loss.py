@@ -111,6 +111,8 @@ class OTCOLoss(ClipLoss):
         self.epsilon = epsilon
         self.drawn: tuple[TransportPlan, ...] = ()
         self.newest: TransportPlan | None = None
+        # Whether the gathered batch of each call is kept until somebody takes it, as the callback does.
+        self.keeps_gathered = False
         self.gathered: Features | None = None
         self.effective_share: Tensor | None = None
         self.matched_share: Tensor | None = None
@@ -118,6 +120,16 @@ class OTCOLoss(ClipLoss):
     def set_plans(self, drawn: Sequence[TransportPlan], newest: TransportPlan | None) -> None:
         """The plans of the coming steps: `drawn` generate the transported pairs, `newest` measures confidence."""
         self.drawn, self.newest = tuple(drawn), newest
+
+    @property
+    def acting(self) -> bool:
+        """Whether plans change the loss: there are some, and what they do has a weight."""
+        return bool((self.confidence and self.newest is not None) or (self.transport_weight and self.drawn))
+
+    def take_gathered(self) -> Features | None:
+        """The global batch of the last call, without gradient; the loss keeps it no longer."""
+        gathered, self.gathered = self.gathered, None
+        return gathered
 
     def forward(
         self,
@@ -144,8 +156,9 @@ class OTCOLoss(ClipLoss):
                 )
         local = Features(image_features, text_features)
         everyone = self._gather(local)
-        # The callback's window is fed from here: no second collective.
-        self.gathered = Features(everyone.images.detach(), everyone.texts.detach())
+        if self.keeps_gathered:
+            # The callback's window is fed from here: no second collective.
+            self.gathered = Features(everyone.images.detach(), everyone.texts.detach())
         rows = local if self.local_loss else everyone
         weights = self._weights(local)
         losses = {"contrastive_loss": self._info_nce(rows, everyone, logit_scale, logit_bias, weights)}

@@ -91,6 +91,12 @@ def check_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None
             end(parser, f"argument {flag}: {problem}")
 
 
+def check_float64(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends on a device that cannot make plans: parts of them are computed in float64."""
+    if args.device.partition(":")[0] == "mps":
+        end(parser, f"argument --device: mps has no float64, which --loss {args.loss} needs; use cpu or cuda")
+
+
 def end(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """Ends as `parser.error` does, without the usage: OpenCLIP's fills a screen, above which the message is lost."""
     parser.exit(2, f"{parser.prog}: error: {message}\n")

@@ -8,7 +8,18 @@ from openclip_otco.cache import FeatureWindow, PlanCache
 from openclip_otco.callback import PlanCacheCallback
 from openclip_otco.loss import TRUSTS, OTCOLoss
 from openclip_otco.models import check_model, model_configs, prepare_model, register_models
-from openclip_otco.options import Option, add_options, check_options, check_run, count, end, positive, share, weight
+from openclip_otco.options import (
+    Option,
+    add_options,
+    check_float64,
+    check_options,
+    check_run,
+    count,
+    end,
+    positive,
+    share,
+    weight,
+)
 from openclip_otco.ot.shards import ALONE, DistributedShards
 from openclip_otco.solver import COUPLINGS, INITIAL_PLANS, PlanSolver
 
@@ -24,6 +35,9 @@ OPTIONS = (
            "What couples a window: an optimal transport plan, or two softmaxes without marginals, to compare with.",
            choices=COUPLINGS),
     Option("--otco-cache-size", 4, "Plans kept, oldest out first.", count, "at least 1"),
+    Option("--otco-max-age", 32,
+           "Windows after which a plan acts no longer, when newer ones fail; at least --otco-cache-size.", count,
+           "at least 1"),
     Option("--otco-plans-per-step", 1, "Cached plans drawn each step to transport the batch.", count, "at least 1"),
     Option("--otco-transport-weight", 0.0, "Weight of the transported pairs in the loss, 0 = off.", weight,
            "0 or more"),
@@ -68,6 +82,11 @@ class OTCOPlugin:
             end(parser, f"argument --model: {problem}")
         if args.loss in self.losses:
             check_run(parser, args)
+            check_float64(parser, args)
+            # A plan that stays in the cache as long as it may is no sign of a failure.
+            if args.otco_max_age < args.otco_cache_size:
+                least = f"must be at least --otco-cache-size, which is {args.otco_cache_size}"
+                end(parser, f"argument --otco-max-age: {least}; got {args.otco_max_age}")
 
     def prepare_model(self, args: argparse.Namespace, model: object) -> None:
         """Nothing to do: the loss works on the features alone."""
@@ -107,6 +126,7 @@ class OTCOPlugin:
                 ),
                 plans_per_step=args.otco_plans_per_step,
                 warmup=args.otco_warmup,
+                max_age=args.otco_max_age,
                 device=args.device,
                 log_every=args.log_every_n_steps,
                 master=args.rank == 0,

@@ -397,6 +397,7 @@ def test_every_loss_parses_with_its_defaults(loss: str) -> None:
         ("otter", ("--otter-share", "1.5"), {}, "--otter-share: must be in [0, 1]"),
         ("otter", ("--otter-epsilon", "-1"), {}, "--otter-epsilon: must be positive"),
         ("otter", ("--otter-momentum", "1"), {}, "--otter-momentum: must be in [0, 1)"),
+        ("otter", (), {"device": "mps"}, "--device: mps has no float64, which --loss otter needs"),
         ("moco", (), {"horovod": True}, "--horovod: not supported by --loss moco"),
         ("simclr", (), {"model": "coca_ViT-B-32"}, "simclr does not train CoCa"),
         ("otter", (), {"distill_model": "ViT-B-32"}, "otter does not distill"),

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import logging
 import pickle
 import random
 import sys
 import types
+import weakref
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import paired_features
+from conftest import free_port, paired_features
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from open_clip_train.file_utils import pt_load
 
 from openclip_otco import FeatureWindow, OTCOLoss, PlanCache, PlanCacheCallback, PlanSolver
+from openclip_otco.ot.shards import DistributedShards
 
 
 class Writer:
@@ -167,14 +173,14 @@ def test_the_log_line_comes_at_open_clips_pace(caplog):
     ]
     assert "Objective: 0." in lines[0]
     assert "Own Pair Mass: " in lines[0]
-    assert lines[-1] == "OTCO Plans: 4 made, 0 skipped, 0 non-finite pairs dropped"
+    assert lines[-1] == "OTCO Plans: 4 made, 0 skipped, 0 non-finite pairs dropped; plans acted in 11 of 16 steps"
 
 
 def test_other_ranks_stay_silent(caplog):
-    callback, writer = make_callback(master=False), Writer()
-    callback.on_load_checkpoint(None)
-    callback.on_train_start(step=0, total_steps=100)
+    callback, writer = make_callback(master=False, warmup=1), Writer()
     with caplog.at_level(logging.INFO):
+        callback.on_load_checkpoint(None)
+        callback.on_train_start(step=0, total_steps=100)
         train(callback, range(8), writer)
         callback.on_train_end(step=8)
     assert caplog.text == ""
@@ -300,21 +306,231 @@ def test_a_broken_state_is_told_in_one_line(caplog):
 
 
 class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
     def __reduce__(self):
-        return print, ("executed",)
+        return Path.mkdir, (self.folder,)
 
 
-def test_a_checkpoint_that_carries_code_is_refused(capsys):
-    buffer = io.BytesIO()
-    torch.save({"plugins": {"otco": {**STATE, "made": Payload()}}}, buffer)
+def test_open_clip_refuses_a_checkpoint_that_carries_code(tmp_path):
+    """By the function that `main` loads `--resume` with."""
+    executed, file = tmp_path / "executed", tmp_path / "epoch_1.pt"
+    torch.save({"plugins": {"otco": {**STATE, "made": Payload(executed)}}}, file)
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-    assert "executed" not in capsys.readouterr().out
+        pt_load(str(file), map_location="cpu")
+    assert not executed.exists()
+    torch.load(file, weights_only=False)
+    assert executed.exists()  # it would have run
+
+
+def test_the_gathered_batch_is_released_when_the_window_has_it():
+    callback = make_callback()
+    callback.on_train_start(step=0, total_steps=100)
+    v, t = paired_features(16)
+    callback.loss(v, t, torch.tensor(10.0))
+    gathered = [weakref.ref(side) for side in callback.loss.gathered]
+    callback.on_step_end(step=0, epoch=0, features={"image_features": v, "text_features": t}, losses={})
+    gc.collect()
+    assert [side() for side in gathered] == [None, None]
+    assert len(callback.window) == 1
+
+
+def test_a_window_that_fails_releases_the_gathered_batch_too(monkeypatch):
+    callback = make_callback()
+    callback.on_train_start(step=0, total_steps=100)
+    v, t = paired_features(16)
+    callback.loss(v, t, torch.tensor(10.0))
+    monkeypatch.setattr(callback.window, "add", lambda *features, step: 1 / 0)
+    callback.on_step_end(step=0, epoch=0, features={"image_features": v, "text_features": t}, losses={})
+    assert callback.loss.gathered is None
+
+
+# --- Runs in which no plan acts
+
+
+@pytest.mark.parametrize(
+    ("window", "warmup", "total_steps", "words"),
+    [
+        (4, 0.0, 4, ["--otco-window 4"]),
+        (4, 0.0, 5, []),
+        (4, 1.0, 100, ["--otco-warmup 1.0"]),
+        (4, 0.95, 10, ["--otco-warmup 0.95"]),
+        (4, 0.9, 10, []),
+        (4, 1.0, 3, ["--otco-window 4", "--otco-warmup 1.0"]),
+    ],
+)
+def test_a_run_in_which_no_plan_can_act_is_told_at_its_start(caplog, window, warmup, total_steps, words):
+    callback = make_callback(window=window, warmup=warmup)
+    callback.on_train_start(step=0, total_steps=total_steps)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * len(words)
+    for record, word in zip(caplog.records, words, strict=True):
+        assert word in record.message
+        assert "No plan will act" in record.message
+    train(callback, range(total_steps))
+    assert (callback.acted == 0) == bool(words)
+
+
+def test_a_resumed_run_with_plans_is_not_told_that_its_window_is_too_long(caplog):
+    callback = make_callback()
+    callback.on_load_checkpoint(copy.deepcopy(STATE))
+    callback.on_train_start(step=10, total_steps=11)  # two steps are in the window
+    train(callback, range(10, 11))
+    assert caplog.text == ""
+    assert callback.acted == STATE["acted"] + 1
+
+
+def test_a_run_that_is_over_is_not_warned_of(caplog):
+    make_callback(warmup=1).on_train_start(step=10, total_steps=10)
+    assert caplog.text == ""
+
+
+def test_a_run_in_which_no_plan_acted_says_so_at_its_end(caplog):
+    callback = make_callback(window=8, warmup=0)
+    callback.on_train_start(step=0, total_steps=5)
+    train(callback, range(5))
+    caplog.clear()
+    callback.on_train_end(step=5)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "OTCO Plans: 0 made, 0 skipped" in record.message
+    assert "plans acted in 0 of 5 steps" in record.message
+
+
+def test_plans_that_have_no_weight_do_not_act():
+    callback = make_callback(warmup=0)
+    callback.loss.confidence = 0.0
+    callback.on_train_start(step=0, total_steps=10)
+    train(callback, range(6))
+    assert (callback.made, callback.acted) == (1, 0)
+    callback.loss.transport_weight = 0.5
+    train(callback, range(6, 8))
+    assert callback.acted == 2
+
+
+def test_steps_are_counted_on_after_a_resume():
+    callback = make_callback(warmup=0)
+    callback.on_load_checkpoint(copy.deepcopy(STATE))
+    callback.on_train_start(step=10, total_steps=40)
+    train(callback, range(10, 13))
+    assert (callback.steps, callback.acted) == (13, 9)  # the first plan came with the fourth step
+
+
+def test_a_state_without_the_counts_of_steps_is_taken_up():
+    old = {key: value for key, value in STATE.items() if key not in ("steps", "acted")}
+    callback = make_callback(warmup=0)
+    callback.on_load_checkpoint(copy.deepcopy(old))
+    assert len(callback.cache) == 2
+    callback.on_train_start(step=10, total_steps=40)
+    train(callback, range(10, 13))
+    assert (callback.steps, callback.acted) == (3, 3)
+
+
+def test_a_plan_that_is_too_old_acts_no_longer(caplog):
+    callback = make_callback(window=2, warmup=0, max_age=3, log_every=4)
+    callback.on_train_start(step=0, total_steps=100)
+    train(callback, range(2))
+    callback.solver = FailingSolver()
+    train(callback, range(2, 7))
+    assert callback.loss.newest.step == 1
+    caplog.clear()
+    train(callback, range(7, 20))  # at step 8 the plan is seven steps old, and three windows are six
+    assert callback.acted == 6
+    assert callback.loss.newest is None
+    assert callback.loss.drawn == ()
+    lines = [record.message for record in caplog.records]
+    assert [line.split(" skipped")[0] for line in lines if " skipped, going on" in line] == [
+        f"OTCO plan at step {step}" for step in (7, 11, 15, 19)
+    ]
+    assert [index for index, line in enumerate(lines) if "--otco-max-age 3" in line] == [1]
+    assert all("going on without a plan" in line for line in lines[2:])
+    callback.solver = PlanSolver()
+    train(callback, range(20, 23))
+    assert callback.loss.newest.step == 21
+
+
+def test_of_an_old_and_a_new_plan_only_the_new_one_acts(caplog):
+    callback = make_callback(window=2, cache=4, warmup=0, max_age=4)
+    callback.on_train_start(step=0, total_steps=100)
+    train(callback, range(2))
+    callback.solver = FailingSolver()
+    train(callback, range(2, 8))
+    callback.solver = PlanSolver()
+    train(callback, range(8, 10))
+    assert list(callback.cache) == [9]
+    assert "--otco-max-age" not in caplog.text
+
+
+def test_a_run_without_failures_never_meets_the_age(caplog):
+    callback = make_callback(window=2, cache=3, warmup=0, max_age=3)
+    callback.on_train_start(step=0, total_steps=100)
+    train(callback, range(12))
+    assert list(callback.cache) == [7, 9, 11]
+    assert len(callback.loss.drawn) == 1
+    assert caplog.text == ""
+
+
+# --- Ranks and their states
+
+
+def _states(rank: int) -> dict[str, dict | None]:
+    """By case, what the rank finds in its checkpoint. The second one finds something else than the first."""
+    good = copy.deepcopy(STATE)
+    if rank == 0:
+        return dict.fromkeys(("good", "broken", "missing", "other plans", "other window"), good) | {"first": None}
+    broken, plans, window = (copy.deepcopy(STATE) for _ in range(3))
+    broken["cache"]["plans"][0]["f"][3] = torch.nan
+    plans["cache"]["plans"][1]["g"][0] += 0.5
+    window["window"]["batches"].pop()
+    states = {"good": good, "broken": broken, "missing": None, "other plans": plans, "other window": window}
+    return states | {"first": good}
+
+
+def _rank(rank: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank, timeout=timedelta(seconds=30)
+    )
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
+    out = {}
+    for case, state in _states(rank).items():
+        lines.clear()
+        hook = make_callback(solver=PlanSolver(shards=DistributedShards()), warmup=0, master=rank == 0)
+        hook.on_load_checkpoint(state)
+        loaded = (list(hook.cache), len(hook.window), hook.made, list(lines))
+        hook.on_train_start(step=10, total_steps=40)
+        train(hook, range(10, 14), batch=64)
+        out[case] = (*loaded, hook.skipped, [hook.cache[step].digest() for step in hook.cache])
+    torch.save(out, folder / f"{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_all_ranks_take_up_a_state_or_none_does(tmp_path):
+    """That they come back says that none waits for another; each then makes a plan with the others."""
+    torch.multiprocessing.spawn(_rank, (free_port(), tmp_path), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for case, (plans, steps, made, lines, skipped, digests) in first.items():
+        assert second[case] == (plans, steps, made, [], skipped, digests), case
+        assert skipped == 0
+        if case == "good":
+            assert (plans, steps, made, lines) == ([3, 7], 2, 2, [])
+            assert len(digests) == 2
+        else:
+            assert (plans, steps, made) == ([], 0, 0), case
+            assert len(digests) == 1
+            (line,) = lines
+            assert "not usable on all ranks, starting with an empty one" in line
 
 
 @pytest.mark.parametrize(
     ("setting", "message"), [({"plans_per_step": 0}, "plans_per_step"), ({"warmup": -0.1}, "warmup"),
-                             ({"warmup": 1.1}, "warmup")]
+                             ({"warmup": 1.1}, "warmup"), ({"max_age": 1}, "max_age")]
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):

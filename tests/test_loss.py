@@ -260,6 +260,7 @@ def _rank(rank: int, world: int, port: int, folder: Path) -> None:
         for trust in ("share", "posterior"):
             losses[trust] = OTCOLoss(confidence=1.0, transport_weight=0.5, trust=trust, **settings)
             losses[trust].set_plans([plan], plan)
+            losses[trust].keeps_gathered = True
         losses["divergence"] = OTCOLoss(confidence=0, divergence_weight=2.0, **settings)
         for name, loss in losses.items():
             out[f"{name}-{local_loss}-{gather_with_grad}"] = gradients(loss, images, texts)
@@ -318,6 +319,7 @@ def test_accumulated_batches_equal_the_large_one(plan, accum):
 
     loss = OTCOLoss(confidence=1.0, transport_weight=0.5)
     loss.set_plans([plan], plan)
+    loss.keeps_gathered = True
     loss(*encode(slice(None)), torch.tensor(10.0)).backward()
     expected = [p.grad.clone() for p in parameters]
     gathered = loss.gathered
@@ -340,6 +342,17 @@ def test_the_divergence_reaches_the_features_of_every_rank(ranks, local_loss, ga
     for rank in ranks:
         ours, clip = (rank[f"{name}-{local_loss}-{gather_with_grad}"] for name in ("divergence", "clip"))
         assert all(not torch.equal(ours[index], clip[index]) for index in (0, 1, 2))
+
+
+def test_no_batch_is_kept_that_nobody_takes():
+    images, texts = paired_features(8)
+    loss = OTCOLoss()
+    loss(images, texts, SCALE)
+    assert loss.gathered is None
+    loss.keeps_gathered = True
+    loss(images, texts, SCALE)
+    assert all(torch.equal(x, y) for x, y in zip(loss.take_gathered(), (images, texts), strict=True))
+    assert loss.take_gathered() is None
 
 
 def test_the_docstring_example_runs(plan):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
+import sys
 import warnings
 
 import pytest
@@ -94,6 +96,7 @@ def test_help_gives_each_flag_its_default(plugin, capsys):
         ("--otco-divergence-weight", "-1"),
         ("--otco-plans-per-step", "0"),
         ("--otco-max-support", "0"),
+        ("--otco-max-age", "0"),
         ("--otco-initial-plan", "best"),
         ("--otco-window", "many"),
     ],
@@ -109,6 +112,32 @@ def test_bad_values_end_with_one_line_and_code_2(parse, capsys, flag, value):
     assert value in error
 
 
+def test_an_age_below_the_caches_own_is_refused(parse, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse("--otco-cache-size", "5", "--otco-max-age", "4")
+    assert ended.value.code == 2
+    error = "main: error: argument --otco-max-age: must be at least --otco-cache-size, which is 5; got 4\n"
+    assert capsys.readouterr().err == error
+    parse("--otco-cache-size", "5", "--otco-max-age", "5")
+
+
+@pytest.fixture(scope="module")
+def parse_args(patched):
+    """OpenCLIP's own parser, of the patched copy, in this process."""
+
+    def loaded() -> list[str]:
+        return [name for name in sys.modules if name.partition(".")[0] == "open_clip_train"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        # Another test may have imported the installed copy, which stays what it was.
+        for name in loaded():
+            patch.delitem(sys.modules, name)
+        patch.syspath_prepend(patched)
+        yield importlib.import_module("open_clip_train.params").parse_args
+        for name in loaded():
+            del sys.modules[name]
+
+
 words = st.one_of(
     st.sampled_from([option.flag for option in OPTIONS]),
     st.sampled_from(["--otco", "--otco-", "--", "-", "", "=", "--otco-window=3", "--otco-epsilon=1e-3"]),
@@ -118,20 +147,30 @@ words = st.one_of(
 
 
 @given(argv=st.lists(words, max_size=6), loss=st.sampled_from(["otco", "clip"]))
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_arguments_parse_or_end_with_code_2_and_a_reason(parse, argv, loss):
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_arguments_parse_or_end_with_code_2_and_a_reason(parse_args, argv, loss):
     stderr, args, code = io.StringIO(), None, None
     try:
         with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            args = parse(*argv, loss=loss)
+            args = parse_args(["--model", "RN10t-bert-tiny", "--device", "cpu", "--loss", loss, *argv])
     except SystemExit as ended:
         code = ended.code
     if args is None:
         assert code in (0, 2)  # 0: an abbreviation of --help
-        assert not code or "main: error: " in stderr.getvalue()
+        assert not code or ": error: " in stderr.getvalue()
     elif loss == "otco":
         assert all(option.accepts(getattr(args, option.dest)) for option in OPTIONS)
+
+
+def test_open_clips_parser_hands_the_flags_to_the_plugin(parse_args, capsys):
+    base = ["--model", "RN10t-bert-tiny", "--device", "cpu", "--loss", "otco"]
+    args = parse_args([*base, "--otco-window=3"])
+    assert (args.otco_window, args.otco_epsilon) == (3, 0.03)
+    with pytest.raises(SystemExit) as ended:
+        parse_args([*base, "--otco-window", "0"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("error: argument --otco-window: must be at least 1, got 0\n")
 
 
 @pytest.mark.parametrize(
@@ -139,6 +178,7 @@ def test_any_arguments_parse_or_end_with_code_2_and_a_reason(parse, argv, loss):
     [
         ({"model": "coca_ViT-B-32"}, "CoCa"),
         ({"distill_model": "ViT-B-32"}, "distill"),
+        ({"device": "mps"}, "argument --device: mps has no float64, which --loss otco needs; use cpu or cuda"),
         ({"horovod": True}, "argument --horovod: not supported by --loss otco"),
         ({"train_data": "nowhere/{0..3}.tar"}, "none of the 4 shards"),
     ],
@@ -195,6 +235,7 @@ def test_loss_and_callback_get_the_flags(plugin, parse):
         "--otco-epsilon", "0.07", "--otco-window", "3", "--otco-cache-size", "5", "--otco-plans-per-step", "2",
         "--otco-warmup", "0.2", "--otco-max-support", "99", "--otco-initial-plan", "emd",
         "--otco-additive-error", "0.3", "--otco-least-share", "0.4", "--otco-trust", "share",
+        "--otco-max-age", "9",
     )  # fmt: skip
     loss = plugin.create_loss(args)
     assert isinstance(loss, OTCOLoss)
@@ -203,7 +244,7 @@ def test_loss_and_callback_get_the_flags(plugin, parse):
     assert (loss.least_share, loss.trust) == (0.4, "share")
     (callback,) = plugin.create_callbacks(args, loss)
     assert (callback.window.steps, callback.window.max_support, callback.cache.size) == (3, 99, 5)
-    assert (callback.plans_per_step, callback.warmup, callback.log_every) == (2, 0.2, 10)
+    assert (callback.plans_per_step, callback.warmup, callback.max_age, callback.log_every) == (2, 0.2, 9, 10)
     solver = callback.solver
     assert (solver.epsilon, solver.initial_plan, solver.additive_error, solver.seed) == (0.07, "emd", 0.3, 3)
     assert callback.loss is loss

@@ -15,7 +15,17 @@ from openclip_otco.baselines.momentum import MomentumEncoders
 from openclip_otco.baselines.otter import OTTERLoss
 from openclip_otco.baselines.simclr import SimCLRLoss
 from openclip_otco.baselines.views import RandomViews, SecondView
-from openclip_otco.options import Option, add_options, check_options, check_run, count, end, positive, share
+from openclip_otco.options import (
+    Option,
+    add_options,
+    check_float64,
+    check_options,
+    check_run,
+    count,
+    end,
+    positive,
+    share,
+)
 
 
 def _below_one(value: float) -> bool:
@@ -62,6 +72,8 @@ class BaselinesPlugin:
         if args.loss not in self.losses:
             return
         check_run(parser, args)
+        if args.loss == "otter":
+            check_float64(parser, args)
         for flag in ("torchscript", "trace"):
             if getattr(args, flag):
                 end(parser, f"argument --{flag}: not supported by --loss {args.loss}, which hooks into the model")
