@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import tempfile
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import settings
 from hook_fixtures import lab, original, patched  # noqa: F401 (fixtures for all)
+from hypothesis import settings
 from page_fixtures import browser, visit  # noqa: F401
 from torch import Tensor
 
@@ -53,10 +52,3 @@ def paired_features(n: int, d: int = 24, seed: int = 0, noise: float = 0.6) -> t
 @pytest.fixture
 def features() -> tuple[Tensor, Tensor]:
     return paired_features(96)
-
-
-def free_port() -> int:
-    """A TCP port of the loopback that nobody listened on a moment ago, for a process group."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

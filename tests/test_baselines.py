@@ -17,7 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
-from conftest import free_port, paired_features
+from conftest import paired_features
+from forks import start_ranks
 from hook_fixtures import MODEL, Lab, Run, assert_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -459,13 +460,13 @@ CASES = {
 }
 
 
-def _train(rank: int, world: int, port: int, script: Path, folder: Path) -> None:
+def _train(rank: int, world: int, script: Path, folder: Path) -> None:
     """Each case for some steps on the same samples, however they are shared out."""
     sys.path.insert(0, str(script))
     from open_clip_train.train import train_one_epoch
 
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=world, rank=rank)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", world_size=world, rank=rank)
     baselines.RandomViews = Mirrored
     for name, (loss_name, flags, accum) in CASES.items():
         size = GLOBAL_BATCH // world // accum
@@ -517,15 +518,11 @@ class Loader(list[tuple[Tensor, Tensor]]):
 @pytest.fixture(scope="module")
 def ranks(patched: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], list[Any]]:
     """What every rank ended with, by case and number of ranks."""
-    found, spawned = {}, []
+    found = {}
     for world in (1, 2):
         folder = tmp_path_factory.mktemp(f"world-{world}")
-        arguments = (world, free_port(), patched, folder)
-        spawned.append(torch.multiprocessing.spawn(_train, arguments, nprocs=world, join=False))
+        start_ranks(_train, world, patched, folder)
         found |= {(name, world): [folder / f"{name}.{rank}.pt" for rank in range(world)] for name in CASES}
-    for processes in spawned:
-        while not processes.join():
-            pass
     return {key: [torch.load(file) for file in files] for key, files in found.items()}
 
 

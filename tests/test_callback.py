@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import free_port, paired_features
+from conftest import paired_features
+from forks import PATIENCE, start_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip_train.file_utils import pt_load
@@ -488,10 +489,10 @@ def _states(rank: int) -> dict[str, dict | None]:
     return states | {"first": good}
 
 
-def _rank(rank: int, port: int, folder: Path) -> None:
+def _rank(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank, timeout=timedelta(seconds=30)
+        "gloo", f"file://{folder}/store", world_size=world, rank=rank, timeout=timedelta(seconds=PATIENCE)
     )
     lines: list[str] = []
     handler = logging.Handler()
@@ -513,7 +514,7 @@ def _rank(rank: int, port: int, folder: Path) -> None:
 
 def test_all_ranks_take_up_a_state_or_none_does(tmp_path):
     """That they come back says that none waits for another; each then makes a plan with the others."""
-    torch.multiprocessing.spawn(_rank, (free_port(), tmp_path), nprocs=2)
+    start_ranks(_rank, 2, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for case, (plans, steps, made, lines, skipped, digests) in first.items():
         assert second[case] == (plans, steps, made, [], skipped, digests), case

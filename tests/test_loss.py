@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import free_port, paired_features
+from conftest import paired_features
+from forks import start_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.loss import ClipLoss
@@ -247,9 +248,9 @@ def test_negative_weights_are_refused(name):
         OTCOLoss(**{name: -0.1})
 
 
-def _rank(rank: int, world: int, port: int, folder: Path) -> None:
+def _rank(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=world, rank=rank)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", world_size=world, rank=rank)
     everyone = paired_features(64, seed=2)
     images, texts = (x.chunk(world)[rank] for x in everyone)
     plan = PlanSolver(0.1).solve(*paired_features(128, seed=1))
@@ -274,7 +275,7 @@ def _rank(rank: int, world: int, port: int, folder: Path) -> None:
 def ranks(request, tmp_path_factory) -> list[dict[str, tuple[Tensor, ...]]]:
     """What each of the gloo ranks got, by `loss-local_loss-gather_with_grad`."""
     folder, world = tmp_path_factory.mktemp("ranks"), request.param
-    torch.multiprocessing.spawn(_rank, (world, free_port(), folder), nprocs=world)
+    start_ranks(_rank, world, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
