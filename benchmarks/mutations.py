@@ -72,6 +72,23 @@ MUTANTS = [
     Mutant("study/results.py", "results are written in place", "os.replace(part, path)",
            'path.write_text(text, encoding="utf-8")', "tests/test_study.py tests/test_pages.py"),
     Mutant("pages/page.py", "captions are not escaped", "autoescape=True", "autoescape=False", "tests/test_pages.py"),
+    Mutant("ot/anderson.py", "steps that hardly differ may ask for any share", "_LARGEST_SHARE = 1e4",
+           "_LARGEST_SHARE = torch.inf", "tests/ot/test_sinkhorn.py"),
+    Mutant("ot/shards.py", "the least overwrites what it is given",
+           "self._reduced(part.clone(memory_format=torch.contiguous_format), dist.ReduceOp.MIN)",
+           "self._reduced(part, dist.ReduceOp.MIN)", "tests/test_shards.py"),
+    Mutant("cache.py", "each step has the same subsample", "self.seed * 1_000_003 + step", "self.seed * 1_000_003",
+           "tests/test_cache.py"),
+    Mutant("callback.py", "plans act in the warm-up", "if step < self.warmup_steps:", "if step < 0:",
+           "tests/test_callback.py"),
+    Mutant("callback.py", "a plan acts for ever", "self.cache.drop_before(step - self.max_age * self.window.steps)",
+           "self.cache.drop_before(-1)", "tests/test_callback.py"),
+    Mutant("loss.py", "tempering stops at a lower share", ".where(shares >= least_share, 0)",
+           ".where(shares >= 0.9 * least_share, 0)", "tests/test_loss.py"),
+    Mutant("loss.py", "the window gets features with their graphs",
+           "Features(everyone.images.detach(), everyone.texts.detach())", "everyone", "tests/test_loss.py"),
+    Mutant("patching.py", "two processes patch at once", "fcntl.flock(file, fcntl.LOCK_EX)", "pass",
+           "tests/test_patching.py"),
 ]  # fmt: skip
 
 

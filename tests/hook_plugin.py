@@ -142,9 +142,10 @@ def DyingPlugin() -> Any:
         return solve(self, *arguments, **options)
 
     def dying_total(self: Any, part: Any) -> Any:
-        plans[-1].append(part)
-        if self.rank == 1 and len(plans) == 2 and len(plans[-1]) == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if plans:
+            plans[-1].append(part)
+            if self.rank == 1 and len(plans) == 2 and len(plans[-1]) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
         return total(self, part)
 
     PlanSolver.solve, DistributedShards.total = counting_solve, dying_total

@@ -112,7 +112,8 @@ def test_momentum_encoders_follow_and_only_encode_in_training() -> None:
     encoders = MomentumEncoders(model, 0.9)
     assert torch.equal(torch.get_rng_state(), state)
     assert list(model.state_dict()) == names
-    assert len(list(model.parameters())) == len([p for p in model.parameters() if p.requires_grad])
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(p.requires_grad for p in encoders.encoder.parameters())
     expected = [p.detach().double().clone() for p in model.parameters()]
     for step in range(3):
         for number, p in enumerate(model.parameters()):

@@ -170,3 +170,19 @@ def test_without_coupling_shares_are_plain_softmaxes(epsilon):
     assert not again.coupled
     assert torch.equal(again.log_confidence(v, t), plan.log_confidence(v, t))
     assert not torch.allclose(plan.confidence(v, t), plan_of(epsilon).confidence(v, t), rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["image_features", "text_features", "f", "g"])
+def test_the_digest_tells_plans_apart_that_differ_in_one_bit(name):
+    plan = plan_of(0.1)
+    state = plan.state_dict()
+    assert TransportPlan.from_state_dict(state).digest() == plan.digest()
+    changed = state[name].clone()
+    changed.view(torch.int32).view(-1)[-1] ^= 1
+    assert TransportPlan.from_state_dict({**state, name: changed}).digest() != plan.digest()
+
+
+@pytest.mark.parametrize("epsilon", [1e-30, 3e38, float("nan")])
+def test_a_saved_epsilon_that_no_plan_can_have_is_refused(epsilon):
+    with pytest.raises(ValueError, match="epsilon must lie between"):
+        TransportPlan.from_state_dict({**plan_of(0.1).state_dict(), "epsilon": epsilon})
