@@ -598,3 +598,12 @@ def test_a_folder_in_use(run: Callable, run_checkpoint: Path, data: str, tmp_pat
         audit.AuditFolder(tmp_path / "out").opened(settings),
     ):
         pass
+
+
+@pytest.mark.parametrize("flag", ["--epsilon", "--threshold", "--drop"])
+@pytest.mark.parametrize("value", ["inf", "nan", "-1"])
+def test_numbers_that_are_none_end_with_one_line(flag: str, value: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        arguments("--checkpoint", "c", "--data", "d", "--out", "o", f"{flag}={value}")
+    assert ended.value.code == 2
+    assert f"argument {flag}: " in capsys.readouterr().err.splitlines()[-1]

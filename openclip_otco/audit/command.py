@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,8 @@ def _count(text: str) -> int:
 
 def _positive_number(text: str) -> float:
     number = float(text)
-    if not number > 0:
-        raise argparse.ArgumentTypeError("must be more than 0")
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError("must be a positive number")
     return number
 
 
