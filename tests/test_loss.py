@@ -351,8 +351,10 @@ def test_no_batch_is_kept_that_nobody_takes():
     loss(images, texts, SCALE)
     assert loss.gathered is None
     loss.keeps_gathered = True
-    loss(images, texts, SCALE)
-    assert all(torch.equal(x, y) for x, y in zip(loss.take_gathered(), (images, texts), strict=True))
+    loss(images.requires_grad_(), texts.requires_grad_(), SCALE)
+    taken = loss.take_gathered()
+    assert all(torch.equal(x, y) for x, y in zip(taken, (images, texts), strict=True))
+    assert not any(side.requires_grad for side in taken)  # or the window would keep the graphs of its steps
     assert loss.take_gathered() is None
 
 
