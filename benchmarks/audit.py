@@ -64,14 +64,7 @@ def main() -> None:
     encoding, streaming, loading = Clock(), Clock(), Clock()
     load = checkpoint.load
     with tempfile.TemporaryDirectory() as folder:
-
-        def load_without_memory(*given: Any) -> Encoder:
-            encoder: Encoder = load(*given)
-            for tower in encoder.frozen:
-                tower.folder = Path(folder) / "features"
-            return encoder
-
-        checkpoint.load = loading.around(load_without_memory)
+        checkpoint.load = loading.around(load)
         audit.stream = streaming.around_each(audit.stream)
         Encoder.images = encoding.around(Encoder.images)  # type: ignore[method-assign]
         Encoder.texts = encoding.around(Encoder.texts)  # type: ignore[method-assign]

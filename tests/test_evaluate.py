@@ -298,6 +298,22 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
 # --- the command -------------------------------------------------------------------------------------------------
 
 
+def test_nothing_is_written_where_a_run_says(model: torch.nn.Module, captioned: str, tmp_path: Path) -> None:
+    foreign, own = tmp_path / "foreign", tmp_path / "own"
+    foreign.mkdir()
+    flags = {"lock_image": True, "lock_text": True, "frozen_features": str(foreign), "frozen_image_size": 96}
+    words = (save(model, tmp_path, **flags), "--data", captioned, "--batch-size", 4)
+    metrics = []
+    for frozen in ((), ("--frozen-features", own), ("--frozen-features", own)):
+        assert command.run(arguments(*words, *frozen, "--out", tmp_path / "found.json")) == 0
+        metrics.append(json.loads((tmp_path / "found.json").read_text())["retrieval"])
+    assert not list(foreign.iterdir())
+    assert sorted(path.name.partition("-")[0] for path in own.glob("*.safetensors")) == ["image", "text"]
+    # Enlarged by the run's --frozen-image-size, remembered or not.
+    assert metrics[0] == pytest.approx(metrics[1])
+    assert metrics[1] == metrics[2]
+
+
 def test_retrieval_of_a_checkpoint(
     model: torch.nn.Module, captioned: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -485,3 +485,57 @@ def test_what_was_asked_for_and_is_not_there_is_one_line(finished, capsys, words
 def test_a_folder_without_a_run_is_one_line(tmp_path, capsys):
     assert inspect(tmp_path) == 2
     assert "no run of OpenCLIP: name the folder that holds its params.txt" in capsys.readouterr().err
+
+
+# --- a run from a stranger -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["pipe:touch {trap}", "{own}::pipe:touch {trap}", "file:{trap}"])
+def test_no_command_and_no_url_of_a_run_is_opened(finished, tmp_path, source):
+    run, trap = run_without(finished, tmp_path / "run"), tmp_path / "trap"
+    own = finished.parent.parent / "data/train/0000.tar"
+    params = [line for line in (run / "params.txt").read_text().splitlines() if not line.startswith("train_data")]
+    (run / "params.txt").write_text("\n".join([*params, f"train_data: {source.format(own=own, trap=trap)}", ""]))
+    assert inspect(run, "--pairs", "4") == 0
+    assert "is no local file. Name shards to show by --data" in (run / "inspect.html").read_text()
+    assert not trap.exists()
+    # On the command line a user may well give one.
+    assert inspect(run, "--pairs", "4", "--data", f"pipe:touch {trap}; cat {own}") == 0
+    assert trap.exists()
+
+
+def test_a_link_in_a_run_s_folder_leads_nowhere(finished, tmp_path):
+    run, precious = run_without(finished, tmp_path / "run"), tmp_path / "precious"
+    precious.write_text("precious")
+    for name in ("inspect.html", "inspect.html.part"):
+        (run / name).symlink_to(precious)
+    assert inspect(run, "--pairs", "4") == 0
+    assert precious.read_text() == "precious"
+    assert "<html" in (run / "inspect.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "model: hf-hub:a-stranger/model",
+        "model: (" + 5000 * "(",
+        "model: \udcff\udcfe",
+        "image_mean: 'no numbers'",
+        "force_image_size: [[]]",
+        "precision: [1]",
+        "device: {}",
+        "train_data: {0..",
+        "train_data: 7",
+        "otco_epsilon: nan",
+        "batch_size: -1",
+        "epochs: []",
+    ],
+)
+def test_params_that_make_no_sense_cost_what_needs_them_alone(finished, tmp_path, line):
+    run = run_without(finished, tmp_path / "run")
+    name = line.partition(":")[0]
+    params = [old for old in (run / "params.txt").read_text().splitlines() if not old.startswith(f"{name}:")]
+    (run / "params.txt").write_bytes("\n".join([*params, line, ""]).encode("utf-8", "surrogateescape"))
+    assert inspect(run, "--pairs", "4") == 0
+    text = (run / "inspect.html").read_text()
+    assert 'class="diagonal"' in text

@@ -451,9 +451,9 @@ FAKE_EVALUATE = """
 import json, os, sys
 from pathlib import Path
 
-checkpoint, data, out = sys.argv[1:]
+checkpoint, data, out, *frozen = sys.argv[1:]
 with open("evaluate-calls.txt", "a") as calls:
-    print(checkpoint, data, file=calls)
+    print(checkpoint, data, *frozen, file=calls)
 if os.environ.get("FAKE_NO_EVALUATION"):
     sys.exit("no evaluation today")
 assert Path(checkpoint).is_file()
@@ -497,6 +497,14 @@ def test_evaluate_command(home):
         "--out",
         "a/found.json",
     ]
+
+
+@pytest.mark.parametrize("folder", [True, "features"])
+def test_the_evaluation_remembers_where_the_training_did(captioned, folder):
+    flag = f"frozen-features = {json.dumps(folder)}\n"
+    assert run(CAPTIONED.replace("[flags]\n", f"[flags]\n{flag}", 1)) == 0
+    words = "--frozen-features" if folder is True else f"--frozen-features {folder}"
+    assert [line.partition("val.tar ")[2] for line in captioned.read_text().splitlines()] == [words] * 2
 
 
 def test_images_with_several_captions_are_evaluated(captioned):

@@ -49,6 +49,7 @@ class Audit:
         threshold: pairs of less confidence are dropped.
         drop: share of the pairs that is dropped, the least confident ones; with neither, as many as are estimated to be
             wrong.
+        frozen_features: as `checkpoint.load` takes it.
     """
 
     checkpoint: Path
@@ -66,6 +67,7 @@ class Audit:
     clean: Path | None = None
     threshold: float | None = None
     drop: float | None = None
+    frozen_features: Path | None = None
 
     def run(self) -> dict[str, Any]:
         """Do it, or what is left of it; the figures, which also stand in `audit.json`.
@@ -107,7 +109,7 @@ class Audit:
     def _judge_all(self, folder: AuditFolder, epsilon: float) -> None:
         """Add the parts that are missing to `folder`."""
         total = self.source.total()
-        encoder = checkpoints.load(self.checkpoint, self.model, self.precision, self.device)
+        encoder = checkpoints.load(self.checkpoint, self.model, self.precision, self.device, self.frozen_features)
         start, _ = folder.progress()
         solver = PlanSolver(epsilon=epsilon)
         worst = Worst(self.top, _worst_so_far(folder.parts()))

@@ -10,6 +10,7 @@ from typing import Any
 
 from openclip_otco.audit import AuditError
 from openclip_otco.evaluate import EvaluationError
+from openclip_otco.evaluate.arguments import add_frozen_features
 
 OK, UNUSABLE = 0, 2
 
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="model of the checkpoint (default: that of its run, from params.txt)")
     parser.add_argument("--precision", help="as in training (default: that of the run, else fp32)")
     parser.add_argument("--device", help="device to use (default: the run's, where it is there)")
+    add_frozen_features(parser)
     parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images at once (%(default)s)")
     parser.add_argument("--workers", type=_count, default=1, metavar="N", help="processes that decode (%(default)s)")
     parser.add_argument("--csv-separator", default="\t", help="for csv data, which separator to use (tab)")
@@ -80,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
             args.write_clean,
             args.threshold,
             args.drop,
+            args.frozen_features,
         ).run()
     except (AuditError, EvaluationError) as error:
         print(f"openclip-otco audit: {error}", file=sys.stderr)

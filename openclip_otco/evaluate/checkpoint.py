@@ -1,4 +1,7 @@
-"""Checkpoints of OpenCLIP's training script: which model they are of, and that model with their weights."""
+"""Checkpoints of OpenCLIP's training script: which model they are of, and that model with their weights.
+
+A run's folder may come from a stranger. What its files say is data: nothing is fetched, run or written because of it.
+"""
 
 import ast
 import contextlib
@@ -33,7 +36,7 @@ _MODEL_FLAGS = (
 def params(checkpoint: Path) -> dict[str, Any]:
     """What OpenCLIP wrote about the run: `runs/NAME/params.txt` for `runs/NAME/checkpoints/epoch_N.pt`, {} without."""
     try:
-        lines = (checkpoint.parent.parent / "params.txt").read_text(encoding="utf-8").splitlines()
+        lines = (checkpoint.parent.parent / "params.txt").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return {}
     found = {}
@@ -41,7 +44,7 @@ def params(checkpoint: Path) -> dict[str, Any]:
         name, _, text = line.partition(": ")
         try:
             found[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             found[name] = text
     return found
 
@@ -93,7 +96,11 @@ def cached_plans(checkpoint: Path) -> list[TransportPlan]:
 
 
 def load(
-    checkpoint: Path, model: str | None = None, precision: str | None = None, device: str | None = None
+    checkpoint: Path,
+    model: str | None = None,
+    precision: str | None = None,
+    device: str | None = None,
+    frozen_features: Path | None = None,
 ) -> Encoder:
     """The model of a checkpoint; what is not given is the run's own, as its `params.txt` tells.
 
@@ -102,6 +109,8 @@ def load(
         model: OpenCLIP's name of the model.
         precision: as `--precision` of the training; fp32 where nothing tells.
         device: a device of torch; the run's where it is there, else the best there is.
+        frozen_features: folder in which locked towers remember features, as `--frozen-features` of the training; the
+            one that `params.txt` names is not touched.
 
     Raises:
         EvaluationError: the checkpoint, the model or the device cannot be used.
@@ -112,6 +121,8 @@ def load(
     if name is None:
         where = checkpoint.parent.parent / "params.txt"
         raise EvaluationError(f"CHECKPOINT {checkpoint}: {where} does not tell its model; name it by --model")
+    if model is None and ":" in str(name):  # a schema of OpenCLIP's, such as hf-hub:
+        raise EvaluationError(f"CHECKPOINT {checkpoint}: its run loaded the model {name}; to do so too, give --model")
     precision = precision or str(run.get("precision", "fp32"))
     place = _device(device, run.get("device"))
     made, preprocess, tokenizer = _make(str(name), precision, place, run, "logit_bias" in weights)
@@ -137,20 +148,22 @@ def load(
         precision,
         autocast,
         get_input_dtype(precision),
-        _frozen(made, run, precision),
+        _frozen(made, run, precision, frozen_features),
     )
 
 
-def _frozen(model: Any, run: dict[str, Any], precision: str) -> list[FrozenTower]:
-    """The locked towers of a run with `--frozen-features`, which then take their features from its folder."""
-    folder = run.get("frozen_features")
-    if not isinstance(folder, str):
+def _frozen(model: Any, run: dict[str, Any], precision: str, folder: Path | None) -> list[FrozenTower]:
+    """The locked towers of a run with `--frozen-features`, which remember their features if there is a `folder`."""
+    if not isinstance(run.get("frozen_features"), str):
+        if folder is not None:
+            raise EvaluationError(f"--frozen-features {folder}: the run was trained without; drop the flag")
         return []
     if run.get("lock_image"):
         model.lock_image_tower()
     if run.get("lock_text"):
         model.lock_text_tower(0, True)
-    return freeze_towers(model, Path(folder), precision, run.get("frozen_image_size"))
+    size = run.get("frozen_image_size")
+    return freeze_towers(model, folder, precision, size if isinstance(size, int) else None)
 
 
 def _make(name: str, precision: str, device: torch.device, run: dict[str, Any], bias: bool) -> tuple[Any, Any, Any]:
@@ -171,8 +184,10 @@ def _make(name: str, precision: str, device: torch.device, run: dict[str, Any], 
                 name, precision=precision, device=device, pretrained_text=False, **options
             )
         tokenizer = open_clip.get_tokenizer(name, context_length=run.get("force_context_length"))
-    except (RuntimeError, OSError, FileNotFoundError) as error:
-        raise EvaluationError(f"--model {name}: {str(error).splitlines()[0]}") from error
+    except EvaluationError:
+        raise
+    except Exception as error:  # whatever the flags in `params.txt` make OpenCLIP stumble over
+        raise EvaluationError(f"--model {name}: {next(iter(str(error).splitlines()), repr(error))}") from error
     return model, preprocess, tokenizer
 
 

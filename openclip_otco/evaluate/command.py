@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from openclip_otco.evaluate import EvaluationError, samples
+from openclip_otco.evaluate.arguments import add_frozen_features
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", help="model of the checkpoint (default: that of its run, from params.txt)")
     parser.add_argument("--precision", help="as in training (default: that of the run, else fp32)")
+    add_frozen_features(parser)
     parser.add_argument("--classes", metavar="FILE", type=Path, help="class names, one a line, for .cls 0, 1 and so on")
     parser.add_argument(
         "--templates",
@@ -111,7 +113,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             raise EvaluationError(f"--calibrate-{flag}: needs --calibrate")
     if args.calibrate_data:
         calibration.check_apart(args.data, args.calibrate_data)
-    encoder = checkpoint.load(args.checkpoint, args.model, args.precision, args.device)
+    encoder = checkpoint.load(args.checkpoint, args.model, args.precision, args.device, args.frozen_features)
     retriever = _retriever(encoder, args) if args.calibrate else None
     image_features, captions, labels = _images(encoder, args, total)
 

@@ -28,7 +28,7 @@ class Encoder:
     frozen: Sequence[FrozenTower] = ()
 
     def save_frozen(self) -> None:
-        """Keeps what the locked towers of the run's `--frozen-features` gave, for the next evaluation of such a run."""
+        """Keeps in the folder of `--frozen-features` what the locked towers gave, for the next evaluation."""
         for tower in self.frozen:
             if tower.memory is not None:
                 # A folder that cannot be written costs time, and no figure.

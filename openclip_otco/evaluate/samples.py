@@ -36,7 +36,7 @@ def shards(data: str) -> list[str]:
     Raises:
         EvaluationError: a local shard is missing.
     """
-    found = [shard for source in data.split("::") for shard in braceexpand(source)]
+    found = expanded(data)
     missing = [shard for shard in found if is_local(shard) and not Path(shard).is_file()]
     if missing:
         raise EvaluationError(f"--data {data}: {len(missing)} of {len(found)} shards do not exist, first {missing[0]}")
@@ -64,6 +64,18 @@ def captions(sample: Mapping[str, bytes]) -> list[str]:
     if not lines and isinstance(facts, dict) and isinstance(facts.get("caption"), str):
         return [facts["caption"]]
     return lines
+
+
+def expanded(data: str) -> list[str]:
+    """The names of the shards that `data` names, whether there or not.
+
+    Raises:
+        EvaluationError: braces that do not match.
+    """
+    try:
+        return [shard for source in data.split("::") for shard in braceexpand(source)]
+    except ValueError as error:
+        raise EvaluationError(f"--data {data}: cannot be expanded: {error}") from error
 
 
 @functools.cache

@@ -26,12 +26,18 @@ class FrozenTower:
         kind: `image` or `text`, the first part of the memory's file name.
         parts: modules that make the features; all their parameters are locked.
         encode: from inputs `(b, ...)` to features `(b, d)`, by those modules.
-        folder: for the memory's file, which is named by a digest of the parts, so that no other tower reads it.
+        folder: for the memory's file, which is named by a digest of the parts, so that no other tower reads it. None:
+            nothing is remembered.
         setting: whatever else decides the features, such as OpenCLIP's `--precision`; part of the digest.
     """
 
     def __init__(
-        self, kind: str, parts: list[nn.Module], encode: Callable[[Tensor], Tensor], folder: Path, setting: str
+        self,
+        kind: str,
+        parts: list[nn.Module],
+        encode: Callable[[Tensor], Tensor],
+        folder: Path | None,
+        setting: str,
     ) -> None:
         self.kind, self.parts, self.folder, self.setting = kind, parts, folder, setting
         self.memory: FeatureMemory | None = None
@@ -44,6 +50,9 @@ class FrozenTower:
     @torch.compiler.disable
     def __call__(self, inputs: Tensor) -> Tensor:
         """Features `(B, d)` of inputs `(B, ...)`, without gradient."""
+        if self.folder is None:
+            with torch.no_grad():
+                return self._in_eval_mode(inputs)
         if self.memory is None:
             # Not before the first call: `--resume` loads weights after the model is made.
             self.memory = FeatureMemory(self.folder / f"{self.kind}-{self.digest()}.safetensors")
@@ -67,7 +76,9 @@ class FrozenTower:
         return self._encode(inputs)
 
 
-def freeze_towers(model: nn.Module, folder: Path, precision: str, image_size: int | None = None) -> list[FrozenTower]:
+def freeze_towers(
+    model: nn.Module, folder: Path | None, precision: str, image_size: int | None = None
+) -> list[FrozenTower]:
     """Lets the locked towers of an OpenCLIP model take their features from memory, as `FrozenTower` says.
 
     Known are timm's image towers and text towers of Hugging Face. What is remembered is what the trained head gets: the
@@ -75,7 +86,7 @@ def freeze_towers(model: nn.Module, folder: Path, precision: str, image_size: in
 
     Args:
         model: an OpenCLIP model.
-        folder: for the memories' files.
+        folder: for the memories' files; None where nothing is to be remembered.
         precision: OpenCLIP's `--precision`.
         image_size: pixels to which images are enlarged before the image tower encodes them. Loaders and keys then deal
             with the small ones, which is most of the time of a run that remembers its features.

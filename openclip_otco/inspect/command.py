@@ -94,10 +94,13 @@ def _pairs(args: argparse.Namespace, saved: Saved | None, params: Mapping[str, A
     Raises:
         EvaluationError: there are none, with what to do about it.
     """
-    from openclip_otco.evaluate import checkpoint
+    from openclip_otco.evaluate import checkpoint, samples
     from openclip_otco.inspect.pairs import encode_pairs
 
     data = args.data or params.get("train_data")
+    # What a run's folder says may be a stranger's, and a `pipe:` is a command.
+    if args.data is None and isinstance(data, str) and not all(map(samples.is_local, samples.expanded(data))):
+        raise EvaluationError(f"The run's --train-data {data} is no local file. Name shards to show by --data")
     if saved is None:
         raise EvaluationError(
             "There is no checkpoint yet. OpenCLIP saves one after each --save-frequency epochs and at the end; "

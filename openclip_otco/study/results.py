@@ -64,7 +64,10 @@ def versions() -> dict[str, str]:
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` so that a reader, or a kill half-way, meets the old file or the new one."""
     part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
+    # In a folder from a stranger it may lie there already, as a link to elsewhere.
+    part.unlink(missing_ok=True)
+    with part.open("x", encoding="utf-8") as file:
+        file.write(text)
     os.replace(part, path)
 
 

@@ -17,6 +17,7 @@ from openclip_otco.study.study import DataSetting, Flags, Loss, Study, arguments
 
 OPEN_CLIP: Sequence[str] = ("-m", "open_clip_train.main")
 TAIL_LINES = 15
+FROZEN = "--frozen-features"
 
 
 class RunFailed(RuntimeError):
@@ -65,6 +66,15 @@ class Run:
             return None
         data = shards.in_folder(self.flags[self.flags.index("--val-data") + 1], self.out)
         return data if several_captions(data) else None
+
+    @property
+    def _frozen_features(self) -> Sequence[str]:
+        """The flag of that name as the run has it, with its folder where it names one; none without."""
+        if FROZEN not in self.flags:
+            return ()
+        start = self.flags.index(FROZEN)
+        folder = [flag for flag in self.flags[start + 1 : start + 2] if not flag.startswith("-")]
+        return FROZEN, *folder
 
     def finished(self) -> Result | None:
         """The kept result, if nothing is left to do; a checkpoint that is gone can not be evaluated any more."""
@@ -130,7 +140,8 @@ class Run:
             watch(line)
 
         out = self.folder / "evaluate.json"
-        code = await launcher.run(evaluate_command(self.checkpoint, data, out), self.folder / "evaluate.log", follow)
+        command = [*evaluate_command(self.checkpoint, data, out), *self._frozen_features]
+        code = await launcher.run(command, self.folder / "evaluate.log", follow)
         if code:
             raise RunFailed(f"evaluate: exit code {code}", tail)
         found: dict[str, float] = json.loads(out.read_text(encoding="utf-8"))["retrieval"]
