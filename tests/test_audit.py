@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -31,11 +32,14 @@ from torchmetrics.functional.classification import binary_auroc
 
 from openclip_otco.audit import AuditError, audit, command, table
 from openclip_otco.audit.confidence import judge
+from openclip_otco.audit.pairs import Cursor, stream
 from openclip_otco.audit.score import Truth, auroc, estimated_share
-from openclip_otco.audit.suspects import Worst, thumbnail
+from openclip_otco.audit.source import Shards
+from openclip_otco.audit.suspects import Worst
 from openclip_otco.audit.windows import windows
 from openclip_otco.evaluate import checkpoint, samples
 from openclip_otco.models import prepare_model, register_models
+from openclip_otco.pages.thumbnail import thumbnail
 from openclip_otco.plan import TransportPlan
 from openclip_otco.solver import PlanSolver
 
@@ -194,8 +198,8 @@ def test_worst_admits_what_is_among_the_lowest(scores: list[float], top: int) ->
 def test_thumbnails_are_small(tmp_path: Path) -> None:
     stream = io.BytesIO()
     Image.new("RGBA", (1000, 300), (200, 10, 10, 255)).save(stream, "PNG")
-    with Image.open(io.BytesIO(thumbnail(stream.getvalue()))) as image:
-        assert (image.format, image.size) == ("JPEG", (256, 77))
+    with Image.open(stream) as image, Image.open(io.BytesIO(thumbnail(image, 256))) as small:
+        assert (small.format, small.size) == ("JPEG", (256, 77))
 
 
 def part_row(score: float, number: int) -> table.Row:
@@ -442,6 +446,131 @@ def test_clean_shards(run: Callable, data: str, tmp_path: Path) -> None:
     assert json.loads((clean / "sizes.json").read_text()) == sizes
 
 
+def test_a_text_of_several_lines_is_one_caption_and_stays_as_it_is(run: Callable, tmp_path: Path) -> None:
+    files = []
+    for number in range(20):
+        text = f"a {WORDS[number % 7]}\r\n\n and {number}\n".encode()
+        files += [(f"{number:02}.png", picture(number)), (f"{number:02}.txt", text)]
+    write_shard(tmp_path / "lines.tar", files)
+    shard = str(tmp_path / "lines.tar")
+    rows = run("out", "--write-clean", tmp_path / "clean", "--drop", 0.5, of=shard)
+    assert {row["caption"] for row in rows} == {dict(files)[f"{n:02}.txt"].decode().strip() for n in range(20)}
+    kept = {row["key"] for row in rows[10:]}
+    assert read_shard(tmp_path / "clean/lines.tar") == [file for file in files if file[0][:2] in kept]
+
+    # Where each line is a caption, lines go one by one.
+    rows = run("by-line", "--caption-lines", "--write-clean", tmp_path / "lines", "--drop", 0.5, of=shard)
+    assert len(rows) == 40
+    kept_lines = {(row["key"], row["caption"]) for row in rows[20:]}
+    found = {(name[:2], line) for name, text in read_shard(tmp_path / "lines/lines.tar") if name.endswith("txt")
+             for line in text.decode().splitlines() if line.strip()}  # fmt: skip
+    assert {(key, line.strip()) for key, line in found} == kept_lines
+
+
+def test_what_is_not_local_is_named_and_the_rest_is_written(
+    run_checkpoint: Path,
+    run: Callable,
+    data: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    first, second, third = samples.shards(data)
+    mixed = f"{first}::pipe:cat {second}::{third}"
+    words = ("--checkpoint", run_checkpoint, "--data", mixed, "--out", tmp_path / "mixed", "--window", 14)
+    words += ("--batch-size", 5, "--top", 4, "--workers", 0, "--write-clean", tmp_path / "clean", "--drop", 0.4)
+    assert command.run(arguments(*words)) == 1
+    err = capsys.readouterr().err
+    assert "1 shards are no local files, and are not written, first pipe:cat" in err
+    run("local", "--write-clean", tmp_path / "all", "--drop", 0.4)
+    assert sorted(path.name for path in (tmp_path / "clean").iterdir()) == [
+        "0.tar", "2.tar", "clean-keys.txt", "sizes.json"]  # fmt: skip
+    for name in ("0.tar", "2.tar", "clean-keys.txt"):
+        assert (tmp_path / "clean" / name).read_bytes() == (tmp_path / "all" / name).read_bytes()
+    assert json.loads((tmp_path / "mixed/audit.json").read_text())["not_written"] == [f"pipe:cat {second}"]
+
+
+@pytest.mark.parametrize(("ending", "start"), [("gz", b"\x1f\x8b"), ("bz2", b"BZh"), ("xz", b"\xfd7zXZ")])
+def test_a_compressed_shard_stays_compressed(
+    run: Callable, data: str, tmp_path: Path, ending: str, start: bytes
+) -> None:
+    name = f"0.tar.{ending}"
+    with tarfile.open(tmp_path / name, f"w:{ending}") as tar, tarfile.open(samples.shards(data)[0]) as plain:
+        for member in plain:
+            tar.addfile(member, plain.extractfile(member))
+    run("out", "--write-clean", tmp_path / "clean", "--drop", 0.4, of=str(tmp_path / name))
+    run("plain", "--write-clean", tmp_path / "as-is", "--drop", 0.4, of=samples.shards(data)[0])
+    assert (tmp_path / "clean" / name).read_bytes().startswith(start)
+    assert read_shard(tmp_path / "clean" / name) == read_shard(tmp_path / "as-is/0.tar")
+
+
+def test_image_files_do_not_outlive_their_batch(encoder: checkpoint.Encoder, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), dtype=np.uint8)
+    large = io.BytesIO()
+    Image.fromarray(noise).save(large, "PNG")
+    write_shard(tmp_path / "large.tar", [("0.png", large.getvalue()), ("0.txt", b"a dog")])
+    ((pairs, _),) = stream(Shards(str(tmp_path / "large.tar")), encoder, 4, 0, Cursor())
+    assert len(large.getvalue()) > 10**6
+    assert len(pickle.dumps(pairs)) < 50_000
+    with Image.open(io.BytesIO(pairs[0].thumbnail)) as small:
+        assert small.size == (256, 256)
+
+
+def break_part(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "empty":
+        content = bytearray()
+    elif how == "cut off":
+        del content[len(content) // 2 :]
+    else:
+        column = pq.read_metadata(path).row_group(0).column(0)
+        content[column.dictionary_page_offset + column.total_compressed_size - 1] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["empty", "cut off", "flipped"])
+@pytest.mark.parametrize("broken", [(0,), (1,), (5,), (1, 3)])
+def test_a_broken_part_is_made_again(
+    run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture, broken: tuple[int, ...], how: str
+) -> None:
+    whole = run("out", "--window", 7)
+    parts = sorted((tmp_path / "out/parts").glob("*.parquet"))
+    assert len(parts) == 6
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in parts}
+    for number in broken:
+        break_part(parts[number], how)
+    capsys.readouterr()
+    assert run("out", "--window", 7) == whole
+    err = capsys.readouterr().err
+    for number, path in enumerate(parts):
+        assert path.read_bytes() == before[path][0]
+        assert (path.stat().st_mtime_ns == before[path][1]) == (number not in broken)
+        assert (f"{path} is broken and will be made again" in err) == (number in broken)
+
+
+def test_a_part_is_on_the_disk_before_it_has_its_name(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        events.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        events.append(("replace", Path(source).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    run("out")
+    for index, (what, name) in enumerate(events):
+        if what == "replace":
+            assert ("fsync", name) in events[:index], name
+    assert {name for what, name in events if what == "replace"} >= {
+        "000000.parquet.partial", "audit.parquet.partial", "state.json.part"}  # fmt: skip
+
+
 def test_a_threshold_cuts_at_confidence(run: Callable, tmp_path: Path) -> None:
     rows = run("out")
     threshold = rows[20]["confidence"]
@@ -550,6 +679,8 @@ def test_auroc_of_a_model_that_knows(run: Callable, data: str, tmp_path: Path, c
         (("--data", "pipe:cat torn.tar"), "--data: pipe:cat torn.tar is no readable tar file"),
         (("--data", "bare.tar"), "--data: no pairs of an image and a caption in 1 samples"),
         (("--data", "none.csv"), "--data none.csv: is no readable CSV file"),
+        (("--data", "other.csv", "--caption-lines"), "--caption-lines: is for shards, and other.csv is a table"),
+        (("--data", "{0..", "--top", 3), "--data {0..: cannot be expanded"),
         (("--data", "other.csv"), "--csv-img-key filepath: other.csv has no such column, but keys, other"),
         (("--data", "data/0.tar::data/0.tar", "--write-clean", "DIR", "--drop", 0.1), "2 shards are named 0.tar"),
         (("--checkpoint", "none.pt"), "--checkpoint none.pt: no such file"),

@@ -181,8 +181,9 @@ def captioned(tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("sample", "expected"),
     [
-        ({"txt": b"a dog"}, ["a dog"]),
-        ({"txt": b"a dog\na cat \n\n"}, ["a dog", "a cat"]),
+        ({"txt": b" a dog\n"}, ["a dog"]),
+        ({"txt": b"a dog\na cat \n\n"}, ["a dog\na cat"]),
+        ({"txt": b" \n"}, []),
         ({"txt": b"first", "json": b'{"captions": ["one", "two"]}'}, ["one", "two"]),
         ({"txt": b"first", "json": b'{"caption": "other", "width": 3}'}, ["first"]),
         ({"1.txt": b"second", "0.txt": b"first"}, ["first", "second"]),
@@ -191,6 +192,14 @@ def captioned(tmp_path: Path) -> str:
 )
 def test_captions(sample: dict[str, bytes], expected: list[str]) -> None:
     assert samples.captions(sample) == expected
+
+
+def test_captions_on_lines_of_their_own() -> None:
+    assert samples.captions({"txt": b"a dog\na cat \n\n", "1.txt": b"a hat"}, by_line=True) == [
+        "a hat",
+        "a dog",
+        "a cat",
+    ]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -298,6 +307,17 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
 # --- the command -------------------------------------------------------------------------------------------------
 
 
+def test_a_text_is_one_caption_unless_lines_are_asked_for(
+    model: torch.nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = (save(model, tmp_path), "--data", training_shard(tmp_path / "lines.tar"), "--out", tmp_path / "found.json")
+    for flags, texts, told in (((), 12, "12 captions have several lines"), (("--caption-lines",), 24, "")):
+        assert command.run(arguments(*words, *flags)) == 0
+        assert json.loads((tmp_path / "found.json").read_text())["retrieval"]["texts"] == texts
+        assert told in (err := capsys.readouterr().err)
+        assert ("--caption-lines" in err) == bool(told)
+
+
 def test_nothing_is_written_where_a_run_says(model: torch.nn.Module, captioned: str, tmp_path: Path) -> None:
     foreign, own = tmp_path / "foreign", tmp_path / "own"
     foreign.mkdir()
@@ -354,7 +374,7 @@ def training_shard(path: Path) -> str:
 
 def encoded(path: Path, data: str) -> tuple[Tensor, Tensor, Tensor]:
     encoder = checkpoint.load(path)
-    found = [sample for batch in samples.batches(data, encoder.preprocess, 4, 0) for sample in batch]
+    found = [sample for batch in samples.batches(data, encoder.preprocess, 4, 0, by_line=True) for sample in batch]
     images = encoder.images([sample.image for sample in found])
     texts = encoder.texts([text for sample in found for text in sample.captions])
     return images, texts, torch.tensor([row for row, sample in enumerate(found) for _ in sample.captions])
@@ -373,7 +393,7 @@ def test_retrieval_calibrated_by_shards(
     words = (path, "--data", captioned, "--batch-size", 4, "--out", tmp_path / "found.json")
     assert command.run(arguments(*words)) == 0
     plain = json.loads((tmp_path / "found.json").read_text())
-    calibrate = ("--calibrate", "--calibrate-data", train, "--calibrate-pairs", pairs)
+    calibrate = ("--calibrate", "--calibrate-data", train, "--calibrate-pairs", pairs, "--caption-lines")
     assert command.run(arguments(*words, *calibrate)) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert {name: found[name] for name in plain} == plain

@@ -20,9 +20,10 @@ from openclip_otco.audit.folder import AuditFolder
 from openclip_otco.audit.pairs import Pair, stream
 from openclip_otco.audit.score import Truth, auroc, estimated_share
 from openclip_otco.audit.source import Source
-from openclip_otco.audit.suspects import Worst, thumbnail
+from openclip_otco.audit.suspects import Worst
 from openclip_otco.audit.windows import windows
 from openclip_otco.evaluate import checkpoint as checkpoints
+from openclip_otco.evaluate.encoder import Encoder
 from openclip_otco.pages.gallery import Suspect, write_gallery
 from openclip_otco.solver import PlanSolver
 from openclip_otco.study.results import write_text
@@ -85,7 +86,14 @@ class Audit:
         folder = AuditFolder(self.out)
         with folder.opened(settings):
             if not folder.progress()[1]:
-                self._judge_all(folder, settings["--epsilon"])
+                encoder = checkpoints.load(
+                    self.checkpoint, self.model, self.precision, self.device, self.frozen_features
+                )
+                total = self.source.total()
+                # Not only once: parts may lie behind the one that is missing.
+                while not folder.progress()[1]:
+                    self._judge_missing(folder, encoder, settings["--epsilon"], total)
+                encoder.save_frozen()
             return self._report(folder, settings, truth)
 
     def _settings(self) -> dict[str, Any]:
@@ -106,10 +114,8 @@ class Audit:
             "--top": self.top,
         }
 
-    def _judge_all(self, folder: AuditFolder, epsilon: float) -> None:
-        """Add the parts that are missing to `folder`."""
-        total = self.source.total()
-        encoder = checkpoints.load(self.checkpoint, self.model, self.precision, self.device, self.frozen_features)
+    def _judge_missing(self, folder: AuditFolder, encoder: Encoder, epsilon: float, total: int | None) -> None:
+        """Add parts to `folder`, from the first one that is missing to the next one that is there, or to the end."""
         start, _ = folder.progress()
         solver = PlanSolver(epsilon=epsilon)
         worst = Worst(self.top, _worst_so_far(folder.parts()))
@@ -125,8 +131,8 @@ class Audit:
 
             for window, following in windows(batches(), self.window):
                 rows = self._rows(window, solver, encoder.device, worst)
-                folder.add(rows, following.cursor if following else end, last=following is None)
-        encoder.save_frozen()
+                if folder.add(rows, following.cursor if following else end, last=following is None):
+                    return
         if not folder.parts():
             raise AuditError(
                 f"--data: no pairs of an image and a caption in {end.images} samples "
@@ -163,7 +169,7 @@ class Audit:
             )
         for row, pair in sorted(zip(rows, window, strict=True), key=lambda each: table.order(each[0]))[: self.top]:
             if worst.admits(row["log_confidence"]):
-                row["thumbnail"] = thumbnail(pair.image_file)
+                row["thumbnail"] = pair.thumbnail
         return rows
 
     def _report(self, folder: AuditFolder, settings: dict[str, Any], truth: Truth | None) -> dict[str, Any]:
@@ -213,7 +219,7 @@ class Audit:
                     return bool(row["confidence"] >= self.threshold)
                 return last_dropped is None or table.order(row) > last_dropped
 
-            facts["clean_samples"] = write_clean(self.source, parts, keep, self.clean)
+            facts["clean_samples"], facts["not_written"] = write_clean(self.source, parts, keep, self.clean)
         write_text(self.out / FACTS, json.dumps(facts, indent=1) + "\n")
         return facts
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import itertools
 import json
+import lzma
 import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO, cast
 
 from openclip_otco.audit import AuditError, table
 from openclip_otco.audit.source import CsvRows, File, Shards, Source, shard_samples
@@ -26,24 +30,30 @@ def check_target(folder: Path, source: Source) -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AuditError(f"--write-clean {folder}: is there and not empty; name a new folder")
-    if isinstance(source, Shards) and all(map(samples.is_local, source.names)):
-        name, count = Counter(Path(name).name for name in source.names).most_common(1)[0]
-        if count > 1:
-            raise AuditError(f"--write-clean: {count} shards are named {name}; audit one --data source at a time")
+    if isinstance(source, Shards):
+        names = Counter(Path(name).name for name in source.names if samples.is_local(name))
+        for name, count in names.most_common(1):
+            if count > 1:
+                raise AuditError(f"--write-clean: {count} shards are named {name}; audit one --data source at a time")
 
 
-def write_clean(source: Source, parts: Sequence[Path], keep: Callable[[table.Row], bool], folder: Path) -> int:
-    """Write what is kept into `folder`, which appears when all of it is there; number of samples kept.
+def write_clean(
+    source: Source, parts: Sequence[Path], keep: Callable[[table.Row], bool], folder: Path
+) -> tuple[int, list[str]]:
+    """Write what is kept into `folder`, which appears when all of it is there.
 
     Samples that gave no pair (no caption, or an image that cannot be decoded) are dropped with those that lost all of
     theirs. A sample that keeps some of its captions keeps its other files. Shards that are not local are not written:
-    for them there are the keys.
+    for them there are the keys. A shard is compressed as it was.
 
     Args:
         source: what was audited.
         parts: of the audit, in order.
         keep: says of a row of a part whether the pair stays.
         folder: missing or empty.
+
+    Returns:
+        The number of samples kept, and the shards that were not written.
 
     Raises:
         AuditError: `source` is not what was audited, or `folder` cannot be written.
@@ -53,21 +63,25 @@ def write_clean(source: Source, parts: Sequence[Path], keep: Callable[[table.Row
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         count = _write_keys(partial / KEYS, parts, keep)
-        kept = _Kept(parts, keep)
+        kept, left = _Kept(parts, keep), []
         if isinstance(source, CsvRows):
             _write_rows(source, kept, partial / source.path.name)
-        elif all(map(samples.is_local, source.names)):
-            sizes = {
-                Path(shard).name: _write_shard(shard, index, kept, partial / Path(shard).name)
-                for index, shard in enumerate(source.names)
-            }
+        elif isinstance(source, Shards):
+            sizes = {}
+            for index, shard in enumerate(source.names):
+                if samples.is_local(shard):
+                    name = Path(shard).name
+                    sizes[name] = _write_shard(shard, index, kept, partial / name, source.caption_lines)
+                else:
+                    left.append(shard)
+                    kept.skip(index)
             (partial / "sizes.json").write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
     except OSError as error:
         raise AuditError(f"--write-clean {folder}: cannot be written: {error}") from error
-    return count
+    return count, left
 
 
 class _Kept:
@@ -83,6 +97,11 @@ class _Kept:
             return set(), 0
         (_, found), self._next = self._next, next(self._samples, None)
         return {row["line"] for row, stays in found if stays}, len(found)
+
+    def skip(self, shard: int) -> None:
+        """Passes over all samples of a shard."""
+        while self._next is not None and self._next[0][0] == shard:
+            self._next = next(self._samples, None)
 
 
 def _samples(
@@ -118,15 +137,15 @@ def _write_rows(source: CsvRows, kept: _Kept, path: Path) -> None:
         chunk[stays].to_csv(path, sep=source.separator, index=False, header=first, mode="w" if first else "a")
 
 
-def _write_shard(shard: str, index: int, kept: _Kept, path: Path) -> int:
+def _write_shard(shard: str, index: int, kept: _Kept, path: Path, by_line: bool) -> int:
     """Number of samples written."""
     count = 0
-    with tarfile.open(path, "w") as tar:
+    with _compressed_as(shard, path) as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
         for number, (_, files) in enumerate(shard_samples(shard)):
             lines, of = kept.lines(index, number)
             if not lines:
                 continue
-            for file in files if len(lines) == of else _with_captions(files, lines):
+            for file in files if len(lines) == of else _with_captions(files, lines, by_line):
                 header = tarfile.TarInfo(file.header.name)
                 for field in ("mode", "mtime", "uid", "gid", "uname", "gname"):
                     setattr(header, field, getattr(file.header, field))
@@ -136,9 +155,22 @@ def _write_shard(shard: str, index: int, kept: _Kept, path: Path) -> int:
     return count
 
 
-def _with_captions(files: list[File], lines: set[int]) -> list[File]:
+def _compressed_as(shard: str, path: Path) -> IO[bytes]:
+    """`path`, open for writing with the compression of the file `shard`, whatever its name."""
+    with open(shard, "rb") as stream:
+        start = stream.read(6)
+    if start.startswith(b"\x1f\x8b"):
+        return cast(IO[bytes], gzip.GzipFile(path, "wb", mtime=0))  # equal data give equal bytes
+    if start.startswith(b"BZh"):
+        return bz2.open(path, "wb")
+    if start.startswith(b"\xfd7zXZ"):
+        return lzma.open(path, "wb")
+    return path.open("wb")
+
+
+def _with_captions(files: list[File], lines: set[int], by_line: bool) -> list[File]:
     """The files of a sample with only those of its captions, wherever they stand."""
-    captions = samples.captions({file.kind: file.content for file in files})
+    captions = samples.captions({file.kind: file.content for file in files}, by_line)
     kept = [caption for line, caption in enumerate(captions) if line in lines]
     dropped = {caption.strip() for caption in captions} - {caption.strip() for caption in kept}
     facts = next((json.loads(file.content) for file in files if file.kind == "json"), None)
@@ -147,11 +179,13 @@ def _with_captions(files: list[File], lines: set[int]) -> list[File]:
         content = file.content
         if file.kind == "json" and isinstance(facts, dict) and "captions" in facts:
             content = json.dumps({**facts, "captions": kept}).encode()
-        elif file.kind == "txt" or file.kind.endswith(".txt"):
-            stay = [line for line in content.decode().splitlines() if line.strip() and line.strip() not in dropped]
+        elif samples.is_text(file.kind):
+            texts = samples.texts(content, by_line)
+            stay = [text for text in texts if text not in dropped]
             if not stay and file.kind != "txt":
                 continue
             # OpenCLIP trains on the `.txt`, which must not be left with a caption that was dropped, nor go missing.
-            content = "\n".join(stay or kept[:1]).encode("utf-8", "replace")
+            if not stay or len(stay) < len(texts):
+                content = "\n".join(stay or kept[:1]).encode("utf-8", "replace")
         found.append(File(file.header, file.kind, content))
     return found

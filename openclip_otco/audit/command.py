@@ -10,9 +10,9 @@ from typing import Any
 
 from openclip_otco.audit import AuditError
 from openclip_otco.evaluate import EvaluationError
-from openclip_otco.evaluate.arguments import add_frozen_features
+from openclip_otco.evaluate.arguments import add_caption_lines, add_frozen_features
 
-OK, UNUSABLE = 0, 2
+OK, INCOMPLETE, UNUSABLE = 0, 1, 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", help="as in training (default: that of the run, else fp32)")
     parser.add_argument("--device", help="device to use (default: the run's, where it is there)")
     add_frozen_features(parser)
+    add_caption_lines(parser)
     parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images at once (%(default)s)")
     parser.add_argument("--workers", type=_count, default=1, metavar="N", help="processes that decode (%(default)s)")
     parser.add_argument("--csv-separator", default="\t", help="for csv data, which separator to use (tab)")
@@ -60,15 +61,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what `args` ask for: 0, or 2 after one line about what to change."""
+    """Do what `args` ask for: 0; 1 where --write-clean could not write all; 2 after one line about what to change."""
     # Not at the top: they load torch, which `--help` does without.
     from openclip_otco.audit.audit import GALLERY, TABLE, Audit
+    from openclip_otco.audit.clean import KEYS
     from openclip_otco.audit.source import open_source
 
     try:
         facts = Audit(
             args.checkpoint,
-            open_source(args.data, args.csv_img_key, args.csv_caption_key, args.csv_separator),
+            open_source(args.data, args.csv_img_key, args.csv_caption_key, args.csv_separator, args.caption_lines),
             args.out,
             args.model,
             args.precision,
@@ -91,6 +93,13 @@ def run(args: argparse.Namespace) -> int:
     print(f"\nAll pairs, the worst first: {args.out / TABLE}\nThe worst as a page: {args.out / GALLERY}")
     if args.write_clean is not None:
         print(f"{facts['clean_samples']} of {facts['images']} samples are kept: {args.write_clean}")
+    if left := facts.get("not_written", []):
+        print(
+            f"openclip-otco audit: --write-clean {args.write_clean}: {len(left)} shards are no local files, and "
+            f"are not written, first {left[0]}; copy them here and audit again, or filter by {KEYS}",
+            file=sys.stderr,
+        )
+        return INCOMPLETE
     return OK
 
 

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -16,14 +17,15 @@ from openclip_otco.audit.pairs import Cursor
 from openclip_otco.study.results import write_text
 
 # Goes up whenever the same settings begin to give other parts.
-_VERSION = 1
+_VERSION = 2
 _STATE = "state.json"
 
 
 class AuditFolder:
     """What an audit has done so far: a Parquet file for each window, each written whole or not at all.
 
-    A process that is killed at any moment leaves parts that are finished, and the next one goes on behind them.
+    A process that is killed at any moment leaves parts that are finished, and the next one goes on behind them. A part
+    that is broken all the same, as after a failure of the disk, is made again; those behind it stay.
 
     Args:
         path: the folder.
@@ -61,6 +63,7 @@ class AuditFolder:
                         f"--out {self.path}: holds another audit, which differs in {', '.join(differ)}; "
                         "name another folder, or delete this one"
                     )
+                self._drop_broken()
                 yield
         except OSError as error:
             raise AuditError(f"--out {self.path}: cannot be used: {error}") from error
@@ -72,8 +75,8 @@ class AuditFolder:
             found.append(path)
         return found
 
-    def add(self, rows: list[table.Row], end: Cursor, last: bool) -> None:
-        """Keep the next part.
+    def add(self, rows: list[table.Row], end: Cursor, last: bool) -> bool:
+        """Keep the next part; whether the one behind it is there already.
 
         Args:
             rows: of the schema `PART` but for its order.
@@ -82,7 +85,9 @@ class AuditFolder:
         """
         note = json.dumps({"end": asdict(end), "last": last})
         schema = table.PART.with_metadata({"audit": note})
-        table.write(self._part(len(self.parts())), sorted(rows, key=table.order), schema)
+        number = len(self.parts())
+        table.write(self._part(number), sorted(rows, key=table.order), schema)
+        return self._part(number + 1).is_file()
 
     def progress(self) -> tuple[Cursor, bool]:
         """Where the finished parts end, and whether the data end there, too."""
@@ -102,6 +107,12 @@ class AuditFolder:
             yield path
         finally:
             shutil.rmtree(path, ignore_errors=True)
+
+    def _drop_broken(self) -> None:
+        for path in sorted(self._parts.glob("*.parquet")):
+            if not table.is_whole(path):
+                print(f"{path} is broken and will be made again", file=sys.stderr)
+                path.unlink()
 
     def _state(self) -> dict[str, Any] | None:
         try:

@@ -15,8 +15,12 @@ from torch import Tensor
 from openclip_otco.audit.source import RawSample, Source
 from openclip_otco.evaluate import samples
 from openclip_otco.evaluate.encoder import Encoder
+from openclip_otco.pages.thumbnail import thumbnail
 
 T = TypeVar("T")
+
+# Of a thumbnail, whose longer side has so many pixels: some ten kilobytes, of which a window holds thousands.
+_SIDE, _QUALITY = 256, 80
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Pair:
         place: of the shard, of the sample in it, of the caption among the sample's.
         key, caption: as the data have them.
         image_digest: tells different images apart.
-        image_file: the image as it was stored.
+        thumbnail: the image as a small JPEG file.
         image_feature, text_feature: `(d,)`, unit norm.
         cursor: where the stream begins with this pair.
     """
@@ -56,7 +60,7 @@ class Pair:
     key: str
     caption: str
     image_digest: bytes
-    image_file: bytes
+    thumbnail: bytes
     image_feature: Tensor
     text_feature: Tensor
     cursor: Cursor
@@ -71,33 +75,36 @@ class _Decoded:
     key: str
     readable: bool = False
     captions: Sequence[str] = ()
-    image_file: bytes = b""
     image_digest: bytes = b""
+    thumbnail: bytes = b""
 
 
 class _Decoder:
     """What the workers do, as a data set whose indices are the stored samples themselves.
 
-    So one process alone reads the data, once; the loader hands the samples out and puts them back in order.
+    So one process alone reads the data, once; the loader hands the samples out and puts them back in order. Image files
+    end here: a window of them would fill the memory.
     """
 
-    def __init__(self, preprocess: Callable[[Any], Any]) -> None:
-        self.preprocess = preprocess
+    def __init__(self, source: Source, preprocess: Callable[[Any], Any]) -> None:
+        self.source, self.preprocess = source, preprocess
 
     def __getitem__(self, sample: RawSample) -> tuple[_Decoded, Tensor | None]:
         from webdataset.autodecode import imagehandler
 
         try:
             if sample.path is not None:
-                file, captions = Path(sample.path).read_bytes(), [sample.caption] if sample.caption else []
+                file = Path(sample.path).read_bytes()
             else:
                 file = next(sample.files[kind] for kind in samples.IMAGE_TYPES if kind in sample.files)
-                captions = [_encodable(caption) for caption in samples.captions(sample.files)]
-            pixels = self.preprocess(imagehandler("pilrgb")("jpg", file))
+            captions = [_encodable(caption) for caption in self.source.captions(sample)]
+            image = imagehandler("pilrgb")("jpg", file)
+            pixels = self.preprocess(image)
+            small = thumbnail(image, _SIDE, _QUALITY)
         except Exception:  # Strangers' images make decoders raise anything; one of them must not end the audit.
             return _Decoded(sample.shard, sample.number, _encodable(sample.key)), None
         digest = hashlib.blake2b(file, digest_size=16).digest()
-        decoded = _Decoded(sample.shard, sample.number, _encodable(sample.key), True, captions, file, digest)
+        decoded = _Decoded(sample.shard, sample.number, _encodable(sample.key), True, captions, digest, small)
         # An image without captions makes no pair, and no work.
         return decoded, pixels if captions else None
 
@@ -134,7 +141,7 @@ def stream(
     from torch.utils.data import DataLoader
 
     loader: DataLoader = DataLoader(
-        _Decoder(encoder.preprocess),  # type: ignore[arg-type]  # a Dataset in all but name
+        _Decoder(source, encoder.preprocess),  # type: ignore[arg-type]  # a Dataset in all but name
         batch_sampler=_batches(source.samples(start.shard, start.sample), batch_size),
         num_workers=workers,
         collate_fn=_collate,
@@ -166,8 +173,8 @@ def _pairs(
     for sample, image in zip(captioned, encoder.images(list(pixels)), strict=True):
         for line, caption in enumerate(sample.captions):
             place = (sample.shard, sample.number, line)
-            files = (sample.image_digest, sample.image_file)
-            yield Pair(place, sample.key, caption, *files, image, next(texts), replace(cursor, skip=number))
+            seen = (sample.image_digest, sample.thumbnail)
+            yield Pair(place, sample.key, caption, *seen, image, next(texts), replace(cursor, skip=number))
             number += 1
 
 

@@ -48,6 +48,14 @@ class Source(Protocol):
         """
         ...
 
+    def captions(self, sample: RawSample) -> list[str]:
+        """The captions of a sample.
+
+        Raises:
+            ValueError: they cannot be read.
+        """
+        ...
+
     def total(self) -> int | None:
         """Number of images; None where only reading all of it would tell."""
         ...
@@ -102,12 +110,16 @@ def shard_samples(shard: str) -> Iterator[tuple[str, list[File]]]:
 class Shards:
     """WebDataset shards, as OpenCLIP's `--train-data` names them: brace ranges, and sources parted by `::`.
 
+    Args:
+        data: their names.
+        caption_lines: each line of a `txt` is a caption, not all of it one.
+
     Raises:
         EvaluationError: a local shard is missing.
     """
 
-    def __init__(self, data: str) -> None:
-        self.data = data
+    def __init__(self, data: str, caption_lines: bool = False) -> None:
+        self.data, self.caption_lines = data, caption_lines
         self.names = samples.shards(data)
 
     def samples(self, shard: int = 0, number: int = 0) -> Iterator[RawSample]:
@@ -116,11 +128,15 @@ class Shards:
                 if index > shard or place >= number:
                     yield RawSample(index, place, key, {file.kind: file.content for file in files})
 
+    def captions(self, sample: RawSample) -> list[str]:
+        return samples.captions(sample.files, self.caption_lines)
+
     def total(self) -> int | None:
         return samples.images(self.data)
 
     def fingerprint(self) -> list[Any]:
-        return [[name, *_stat(Path(name))] if samples.is_local(name) else [name] for name in self.names]
+        names = [[name, *_stat(Path(name))] if samples.is_local(name) else [name] for name in self.names]
+        return [*names, ["--caption-lines"]] if self.caption_lines else names
 
 
 class CsvRows:
@@ -164,6 +180,9 @@ class CsvRows:
                     yield RawSample(0, place, path, path=path, caption=caption)
                 place += 1
 
+    def captions(self, sample: RawSample) -> list[str]:
+        return [sample.caption] if sample.caption else []
+
     def total(self) -> int | None:
         return sum(map(len, self.chunks()))
 
@@ -173,7 +192,7 @@ class CsvRows:
         ]
 
 
-def open_source(data: str, image_key: str, caption_key: str, separator: str) -> Source:
+def open_source(data: str, image_key: str, caption_key: str, separator: str, caption_lines: bool = False) -> Source:
     """The source that `data` names: one file that ends as CSV files do, or shards.
 
     Raises:
@@ -181,8 +200,10 @@ def open_source(data: str, image_key: str, caption_key: str, separator: str) -> 
         AuditError: the CSV file cannot be used.
     """
     if data.endswith(CSV_ENDINGS):
+        if caption_lines:
+            raise AuditError(f"--caption-lines: is for shards, and {data} is a table; drop the flag")
         return CsvRows(Path(data), image_key, caption_key, separator)
-    return Shards(data)
+    return Shards(data, caption_lines)
 
 
 def _stat(path: Path) -> tuple[int, int]:

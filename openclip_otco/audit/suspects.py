@@ -1,15 +1,9 @@
-"""The most suspicious pairs: which ones of a window deserve a thumbnail, and the thumbnail."""
+"""The most suspicious pairs: which ones of a window may come into the gallery."""
 
 from __future__ import annotations
 
 import heapq
-import io
 from collections.abc import Iterable
-
-from PIL import Image
-
-_EDGE = 256
-_QUALITY = 80
 
 
 class Worst:
@@ -30,14 +24,3 @@ class Worst:
             heapq.heapreplace(self._heap, -score)
             return True
         return False
-
-
-def thumbnail(file: bytes) -> bytes:
-    """A JPEG of at most 256 pixels a side, of an image file that was decoded before."""
-    with Image.open(io.BytesIO(file)) as image:
-        image.draft("RGB", (2 * _EDGE, 2 * _EDGE))  # JPEG decoders may as well decode fewer pixels
-        small = image.convert("RGB")
-    small.thumbnail((_EDGE, _EDGE))
-    stream = io.BytesIO()
-    small.save(stream, "JPEG", quality=_QUALITY)
-    return stream.getvalue()

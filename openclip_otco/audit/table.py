@@ -61,13 +61,29 @@ def rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
 
 
 def write(path: Path, content: Iterable[Row], schema: pa.Schema) -> None:
-    """Write a Parquet file, whole or not at all, some rows at a time."""
+    """Write a Parquet file, whole or not at all, some rows at a time; it is on the disk before it has its name."""
     partial = path.with_name(f"{path.name}.partial")
     content = iter(content)
-    with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+    # Of thumbnails, statistics would be copies.
+    described = [name for name in schema.names if name != "thumbnail"]
+    options = {"compression": "zstd", "write_page_checksum": True, "write_statistics": described}
+    with pq.ParquetWriter(partial, schema, **options) as writer:
         while group := list(itertools.islice(content, _GROUP)):
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether all of a Parquet file can be read, each page with the checksum that it was written with."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for _ in file.iter_batches(_ROWS):
+                pass
+    except (pa.ArrowException, OSError, ValueError):
+        return False
+    return True
 
 
 def ranked(parts: Sequence[Path], scratch: Path, fan_in: int = _FAN_IN) -> Iterator[Row]:

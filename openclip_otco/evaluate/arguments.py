@@ -1,4 +1,4 @@
-"""Arguments that several commands share: how a checkpoint's towers remember, and what a caption is."""
+"""Arguments that several commands share: where frozen towers remember, and what a caption is."""
 
 from __future__ import annotations
 
@@ -19,4 +19,13 @@ def add_frozen_features(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="for runs with --frozen-features: take features of locked towers from this folder, and keep new ones in "
         "it (without DIR: %(const)s; without the flag nothing is remembered)",
+    )
+
+
+def add_caption_lines(parser: argparse.ArgumentParser) -> None:
+    """`--caption-lines`, without which a `txt` is one caption, as for OpenCLIP's training."""
+    parser.add_argument(
+        "--caption-lines",
+        action="store_true",
+        help="each line of a .txt is a caption, as clip-benchmark writes its shards (default: a .txt is one caption)",
     )

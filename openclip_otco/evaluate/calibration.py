@@ -33,14 +33,20 @@ def of_checkpoint(checkpoint: Path, epsilon: float | None, device: torch.device 
 
 
 def of_shards(
-    encoder: Encoder, data: str, pairs: int, epsilon: float, batch_size: int = 64, workers: int = 1
+    encoder: Encoder,
+    data: str,
+    pairs: int,
+    epsilon: float,
+    batch_size: int = 64,
+    workers: int = 1,
+    by_line: bool = False,
 ) -> CalibratedRetriever:
     """By a plan over the first pairs of training shards.
 
     Raises:
         EvaluationError: shards or `epsilon` (`--calibrate-epsilon`) that cannot be used.
     """
-    images, texts = training_features(encoder, data, pairs, batch_size, workers)
+    images, texts = training_features(encoder, data, pairs, batch_size, workers, by_line)
     try:
         return CalibratedRetriever.from_features(images, texts, epsilon, max_support=pairs, device=encoder.device)
     except RuntimeError as error:
@@ -48,7 +54,7 @@ def of_shards(
 
 
 def training_features(
-    encoder: Encoder, data: str, pairs: int, batch_size: int = 64, workers: int = 1
+    encoder: Encoder, data: str, pairs: int, batch_size: int = 64, workers: int = 1, by_line: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Image and text features, `(N, d)` each, of the first `pairs` pairs, or of all where there are fewer.
 
@@ -62,7 +68,7 @@ def training_features(
     missing = pairs
     try:
         with tqdm(total=pairs, desc="training pairs", unit="pair", disable=None) as bar:
-            for batch in samples.batches(data, encoder.preprocess, batch_size, workers):
+            for batch in samples.batches(data, encoder.preprocess, batch_size, workers, by_line):
                 captions = [(row, text) for row, sample in enumerate(batch) for text in sample.captions][:missing]
                 if captions:
                     features = encoder.images([sample.image for sample in batch])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from openclip_otco.evaluate import EvaluationError, samples
-from openclip_otco.evaluate.arguments import add_frozen_features
+from openclip_otco.evaluate.arguments import add_caption_lines, add_frozen_features
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="model of the checkpoint (default: that of its run, from params.txt)")
     parser.add_argument("--precision", help="as in training (default: that of the run, else fp32)")
     add_frozen_features(parser)
+    add_caption_lines(parser)
     parser.add_argument("--classes", metavar="FILE", type=Path, help="class names, one a line, for .cls 0, 1 and so on")
     parser.add_argument(
         "--templates",
@@ -183,7 +184,13 @@ def _retriever(encoder: Encoder, args: argparse.Namespace) -> CalibratedRetrieve
     if not args.calibrate_data:
         return calibration.of_checkpoint(args.checkpoint, epsilon, encoder.device)
     return calibration.of_shards(
-        encoder, args.calibrate_data, args.calibrate_pairs, epsilon, args.batch_size, args.workers
+        encoder,
+        args.calibrate_data,
+        args.calibrate_pairs,
+        epsilon,
+        args.batch_size,
+        args.workers,
+        args.caption_lines,
     )
 
 
@@ -215,12 +222,16 @@ def _images(encoder: Encoder, args: argparse.Namespace, total: int | None) -> tu
     features: list[Tensor] = []
     kept: list[Sample] = []
     with tqdm(total=total, desc="images", unit="image", disable=None) as bar:
-        for batch in samples.batches(args.data, encoder.preprocess, args.batch_size, args.workers):
+        for batch in samples.batches(args.data, encoder.preprocess, args.batch_size, args.workers, args.caption_lines):
             features.append(encoder.images([sample.image for sample in batch]))
             # Without the pixels: memory must not grow with them.
             kept += [samples.Sample(sample.key, None, sample.captions, sample.label) for sample in batch]
             bar.update(len(batch))
     captioned = [sample for sample in kept if sample.captions]
+    if (several := sum("\n" in caption for sample in kept for caption in sample.captions)) and not args.caption_lines:
+        print(
+            f"{several} captions have several lines; if each line is a caption, give --caption-lines", file=sys.stderr
+        )
     labelled = [sample.label for sample in kept if sample.label is not None]
     if not captioned and not labelled:
         raise EvaluationError(

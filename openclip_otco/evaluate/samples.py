@@ -43,12 +43,14 @@ def shards(data: str) -> list[str]:
     return found
 
 
-def captions(sample: Mapping[str, bytes]) -> list[str]:
-    """All captions of a sample whose files are given by type: `captions` in the `json`, else the lines of each `txt`,
-    else `caption` in the `json`.
+def captions(sample: Mapping[str, bytes], by_line: bool = False) -> list[str]:
+    """All captions of a sample whose files are given by type: `captions` in the `json`, else each `txt`, else `caption`
+    in the `json`.
 
-    Captions on lines of their own are how clip-benchmark writes its shards for retrieval; `KEY.0.txt` and so on are
-    read as well.
+    Args:
+        sample: contents by type. `KEY.txt`, `KEY.0.txt`, `KEY.1.txt` and so on are all read.
+        by_line: each line of a `txt` is a caption, as clip-benchmark writes its shards for retrieval. Else a `txt` is
+            one caption, as OpenCLIP trains on it.
 
     Raises:
         ValueError: no JSON, `captions` that are no list of texts, or bytes that are no UTF-8.
@@ -59,11 +61,25 @@ def captions(sample: Mapping[str, bytes]) -> list[str]:
         if not isinstance(listed, list) or not all(isinstance(caption, str) for caption in listed):
             raise ValueError("`captions` in its .json is no list of texts")
         return listed
-    texts = [sample[kind].decode() for kind in sorted(sample) if kind == "txt" or kind.endswith(".txt")]
-    lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
-    if not lines and isinstance(facts, dict) and isinstance(facts.get("caption"), str):
+    found = [caption for kind in sorted(sample) if is_text(kind) for caption in texts(sample[kind], by_line)]
+    if not found and isinstance(facts, dict) and isinstance(facts.get("caption"), str):
         return [facts["caption"]]
-    return lines
+    return found
+
+
+def is_text(kind: str) -> bool:
+    """Whether a file of this type holds captions as plain text."""
+    return kind == "txt" or kind.endswith(".txt")
+
+
+def texts(content: bytes, by_line: bool) -> list[str]:
+    """The captions in a `txt`: all of it as one, or each line; none of white space alone.
+
+    Raises:
+        ValueError: bytes that are no UTF-8.
+    """
+    text = content.decode()
+    return [part.strip() for part in (text.splitlines() if by_line else [text]) if part.strip()]
 
 
 def expanded(data: str) -> list[str]:
@@ -107,7 +123,9 @@ def images(data: str) -> int | None:
     return total
 
 
-def batches(data: str, preprocess: Callable[[Any], Any], size: int, workers: int) -> Iterator[list[Sample]]:
+def batches(
+    data: str, preprocess: Callable[[Any], Any], size: int, workers: int, by_line: bool = False
+) -> Iterator[list[Sample]]:
     """The samples of `data`, `size` at a time, in the order of the shards where there is at most one worker.
 
     Args:
@@ -115,6 +133,7 @@ def batches(data: str, preprocess: Callable[[Any], Any], size: int, workers: int
         preprocess: what OpenCLIP gives for validation, from a PIL image to a `(3, H, W)` tensor.
         size: samples in a batch; the last may have fewer.
         workers: processes that decode, 0 for none; more than there are shards would have nothing to do.
+        by_line: as `captions` takes it.
 
     Raises:
         EvaluationError: a shard or a sample cannot be read.
@@ -127,7 +146,7 @@ def batches(data: str, preprocess: Callable[[Any], Any], size: int, workers: int
         wds.SimpleShardList(paths),
         wds.split_by_worker,
         wds.tarfile_to_samples(),
-        wds.map(functools.partial(_sample, preprocess=preprocess)),
+        wds.map(functools.partial(_sample, preprocess=preprocess, by_line=by_line)),
     )
     loader = DataLoader(pipeline, batch_size=size, num_workers=min(workers, len(paths)), collate_fn=list)
     try:
@@ -136,7 +155,7 @@ def batches(data: str, preprocess: Callable[[Any], Any], size: int, workers: int
         raise EvaluationError(f"--data {data}: {last_line(error)}") from error
 
 
-def _sample(files: dict[str, Any], preprocess: Callable[[Any], Any]) -> Sample:
+def _sample(files: dict[str, Any], preprocess: Callable[[Any], Any], by_line: bool) -> Sample:
     from webdataset.autodecode import imagehandler
 
     name = f"{files['__key__']} of {files['__url__']}"
@@ -146,10 +165,11 @@ def _sample(files: dict[str, Any], preprocess: Callable[[Any], Any]) -> Sample:
     try:
         image = preprocess(imagehandler("pilrgb")(kind, files[kind]))
         label = int(files["cls"]) if "cls" in files else None
-        texts = captions({kind: content for kind, content in files.items() if isinstance(content, bytes)})
+        contents = {kind: content for kind, content in files.items() if isinstance(content, bytes)}
+        found = captions(contents, by_line)
     except (OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"sample {name} cannot be read: {last_line(error)}") from error
-    return Sample(files["__key__"], image, texts, label)
+    return Sample(files["__key__"], image, found, label)
 
 
 def _first_sample(tar: tarfile.TarFile) -> dict[str, bytes]:

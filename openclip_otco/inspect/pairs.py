@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from openclip_otco.evaluate import EvaluationError, samples
 from openclip_otco.evaluate.encoder import Encoder
+from openclip_otco.pages.thumbnail import thumbnail
 
 # Longer side of a thumbnail in pixels: sharp on a dense screen at the size at which pages show it.
 _SIDE = 192
@@ -62,14 +62,5 @@ def encode_pairs(encoder: Encoder, data: str, count: int, batch_size: int, worke
     return Pairs(tuple(shown), torch.cat(images), torch.cat(texts))
 
 
-def thumbnail(image: Image.Image, side: int = _SIDE) -> bytes:
-    """`image` as a small JPEG file; pictures smaller than `side` pixels keep their size."""
-    small = image.convert("RGB")
-    small.thumbnail((side, side))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
-
-
 def _prepared(image: Image.Image, preprocess: Callable[[Any], Any]) -> tuple[Any, bytes]:
-    return preprocess(image), thumbnail(image)
+    return preprocess(image), thumbnail(image, _SIDE)

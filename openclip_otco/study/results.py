@@ -68,6 +68,8 @@ def write_text(path: Path, text: str) -> None:
     part.unlink(missing_ok=True)
     with part.open("x", encoding="utf-8") as file:
         file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(part, path)
 
 
