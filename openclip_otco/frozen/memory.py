@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from openclip_otco.lock import alone
 
 # Features of 200,000 images of 1,280 numbers each. Random views are never asked for again, and must not fill a disk.
 MOST_BYTES = 1 << 30
@@ -88,7 +84,7 @@ class FeatureMemory:
             self._worth_keeping.update(self._rows)
         if len(self._worth_keeping) == self._saved:
             return
-        with _alone(self.path):
+        with alone(self.path):
             kept = {**_read(self.path), **{key: row for key, row in self._rows.items() if key in self._worth_keeping}}
             rows = list(kept.items())[-self._most_rows(next(iter(kept.values()))) :]
             keys = torch.frombuffer(bytearray(b"".join(key for key, _ in rows)), dtype=torch.uint8)
@@ -121,12 +117,3 @@ def _read(path: Path) -> dict[bytes, Tensor]:
         logging.warning(f"Frozen features: {path} is not usable and will be made anew. {error}")
         return {}
     return dict(zip((key.numpy().tobytes() for key in keys), features, strict=True))
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Keeps other processes from this block, by a lock beside the file that the system frees when a process ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
