@@ -10,6 +10,7 @@ from openclip_otco.version import __version__
 # Each module has add_arguments(parser) and run(args) -> exit code; only that of the chosen command is imported, because
 # patching has to work without torch.
 COMMANDS = {
+    "train": ("openclip_otco.train.launch", "OpenCLIP's training script, after a look whether it has OTCO's losses"),
     "patch": ("openclip_otco.patching", "give OpenCLIP's training script its plugin point, or take it away again"),
     "scenes": ("openclip_otco.scenes.shards", "render pairs of a scene and its caption as webdataset shards"),
     "evaluate": ("openclip_otco.evaluate.command", "measure retrieval and zero-shot classification of a checkpoint"),
@@ -25,6 +26,10 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command, by default the one on the command line, and returns its exit code (misuse exits with 2)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["train"]:  # whose arguments are OpenCLIP's, `--help` among them
+        from openclip_otco.train.launch import launch
+
+        return launch(arguments[1:])
     chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
     parser = argparse.ArgumentParser(prog="openclip-otco", description="Tools beside the OpenCLIP plugin OTCO.")
     parser.add_argument("--version", action="version", version=__version__)

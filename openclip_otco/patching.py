@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import os
@@ -137,6 +138,15 @@ def status(target: Path | None = None, version: str | None = None) -> Status:
     return Status(states.pop() if len(states) == 1 else mixture, version, folder, files)
 
 
+def shadow(folder: Path | None) -> Path | None:
+    """The working directory, if `python -m` would find another `open_clip_train` in it before the one in `folder`."""
+    here = Path.cwd()
+    if sys.flags.safe_path or os.environ.get("PYTHONSAFEPATH") or here == folder:
+        return None
+    found = importlib.machinery.PathFinder.find_spec(PACKAGE, [str(here)])
+    return here if found is not None and found.origin else None
+
+
 def supported_versions() -> list[str]:
     """The versions of open_clip_torch that there is a patch for."""
     names = (_PATCH_NAME.fullmatch(file.name) for file in resources.files("openclip_otco.patches").iterdir())
@@ -182,9 +192,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         before = status(args.target, args.version)
         if args.status:
-            cure = f"; {_cure(before)}" if before.state in (State.OUTDATED, State.MODIFIED) else ""
-            print(f"{before.state.value}: {DISTRIBUTION} {before.version or '?'} in {before.folder or '?'}{cure}")
-            return 0 if before.state is State.PATCHED else 1
+            return _print_status(before, args.target)
         changed = (revert if args.revert else apply)(args.target, args.version, dry_run=args.dry_run)
     except PatchError as error:
         print(f"openclip-otco patch: {error}", file=sys.stderr)
@@ -203,6 +211,19 @@ def run(args: argparse.Namespace) -> int:
         print(f"{DISTRIBUTION} {before.version} in {before.folder} {'would be' if args.dry_run else 'is now'} {goal}:")
         print("\n".join(f"  {path}" for path in changed))
     return 0
+
+
+def _print_status(found: Status, target: Path | None) -> int:
+    """Says what is trained by, and what `python -m` takes instead in this folder; 0 if all of it is patched."""
+    copies = [found]
+    if target is None and (here := shadow(found.folder)) is not None:
+        copies.append(status(here, found.version))
+    for copy in copies:
+        cure = f"; {_cure(copy)}" if copy is found and copy.state in (State.OUTDATED, State.MODIFIED) else ""
+        print(f"{copy.state.value}: {DISTRIBUTION} {copy.version or '?'} in {copy.folder or '?'}{cure}")
+    if len(copies) > 1:
+        print(f"In this folder, python -m {PACKAGE}.main takes the second one; openclip-otco train takes the first one")
+    return 0 if all(copy.state is State.PATCHED for copy in copies) else 1
 
 
 def _bring_to(goal: State, target: Path | None, version: str | None, dry_run: bool) -> list[Path]:

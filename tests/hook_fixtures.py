@@ -133,10 +133,12 @@ class Lab:
         ranks: int = 1,
         torchrun: bool = False,
         file_size: int | None = None,
+        module: str = "open_clip_train.main",
     ) -> Run:
         """Starts a run of one or several ranks, with `torchrun` or with what it tells its ranks.
 
-        With `file_size`, no file that it writes can grow beyond so many bytes, as on a full disk.
+        `module` is what `python -m` would be told. With `file_size`, no file that it writes can grow beyond so many
+        bytes, as on a full disk.
         """
         defaults = {
             "model": f"local-dir:{self.folder}",
@@ -162,7 +164,7 @@ class Lab:
         if torchrun:
             # Without the two dashes torchrun would take --logs for an abbreviation of its own options.
             launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "--"]
-            command = [sys.executable, "-m", *launcher, "open_clip_train.main", *words]
+            command = [sys.executable, "-m", *launcher, module, *words]
             with log.open("wb") as file:
                 process = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=file, stderr=file)
         else:
@@ -175,9 +177,7 @@ class Lab:
                     told = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
                     # A port could be taken by another test; a file cannot.
                     url = ["--dist-url", f"file://{store}?rank={rank}&world_size={ranks}"]
-                forks.append(
-                    Fork("open_clip_train.main", words + url, self.folder, {**environment, **told}, log, file_size)
-                )
+                forks.append(Fork(module, words + url, self.folder, {**environment, **told}, log, file_size))
             process = Forks(forks)
         return Run(process, self.folder / name / "run", log)
 

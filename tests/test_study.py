@@ -218,7 +218,7 @@ def test_command_line(home):
     Path("study.toml").write_text(STUDY)
     clip, otco = runs(load("study.toml"), Path("there"))[:2]
     command = otco.command()
-    assert command[:3] == [sys.executable, "-m", "open_clip_train.main"]
+    assert command[:3] == [sys.executable, "-m", "openclip_otco.train"]
     assert " ".join(command[3:]) == (
         "--save-frequency 0 --val-frequency 1 --model any --epochs 3 --aug-cfg a=1 b=2 --grad-checkpointing "
         "--train-data train.csv --loss otco --otco-confidence 1.0 --logs there/runs --name clean--otco--s0 --seed 0"

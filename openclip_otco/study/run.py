@@ -15,7 +15,7 @@ from openclip_otco.study.child import Launcher
 from openclip_otco.study.results import Result
 from openclip_otco.study.study import DataSetting, Flags, Loss, Study, arguments
 
-OPEN_CLIP: Sequence[str] = ("-m", "open_clip_train.main")
+OPEN_CLIP: Sequence[str] = ("-m", "openclip_otco.train")
 TAIL_LINES = 15
 FROZEN = "--frozen-features"
 

@@ -1,0 +1,1 @@
+"""Training: OpenCLIP's own script, started when it is sure that `--loss otco` will be OTCO's."""
