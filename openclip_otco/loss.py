@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss, gather_features
 from torch import Tensor
 
+from openclip_otco.method.negatives import NEGATIVES, log_negative_weights
 from openclip_otco.mixture import log_posterior, matched_share
 from openclip_otco.ot import sinkhorn_divergence
-from openclip_otco.plan import TransportPlan
+from openclip_otco.plan import Potentials, TransportPlan
 
 # What trust in a pair is: the probability that it is matched, or the method's plan confidence.
 TRUSTS = ("posterior", "share")
@@ -29,6 +30,18 @@ class Features(NamedTuple):
     texts: Tensor
 
 
+class Asked(NamedTuple):
+    """What the newest plan says of the global batch.
+
+    Args:
+        log_trust: `(n,)`, of the pairs: the logarithm of their density, or of their confidence.
+        potentials: of their images and texts, `(n,)` each, as members of the support.
+    """
+
+    log_trust: Tensor
+    potentials: Potentials
+
+
 class OTCOLoss(ClipLoss):
     """`ClipLoss` with cached transport plans at work (method, section 4).
 
@@ -38,8 +51,9 @@ class OTCOLoss(ClipLoss):
           + λ/K · Σ_k Σ_i c_i · [InfoNCE(v'_i, t_i) + InfoNCE(v_i, t'_i)]
           + μ · S_ε(V, T)
 
-    `v'` is compared among texts and `t'` among images, never across. Until plans are set (`set_plans`), and with
-    `λ = γ = μ = 0`, it is `ClipLoss` to the bit.
+    In the first term `log w_ij` is added to the logit of the negative `(i, j)` (`method/negatives.py`). `v'` is
+    compared among texts and `t'` among images, never across. Until plans are set (`set_plans`), and with
+    `λ = γ = μ = β = 0`, it is `ClipLoss` to the bit.
 
     Args:
         confidence: `γ >= 0`, the power of the plan confidence that makes the weights `c_i`; 0 switches them off.
@@ -49,6 +63,9 @@ class OTCOLoss(ClipLoss):
         least_share: in `[0, 1]`, the least effective share of the batch that confidence leaves to carry the loss; a
             step that would fall below takes a smaller power (`tempered`). 0 sets no limit. A young model's confidence
             rests on a few pairs; without a limit the model learns those alone, and training can collapse.
+        negatives: what weighs negatives: `plan`, its density at them; `similarity`, their cosine alone, to compare
+            with; `none`.
+        negative_power: `β >= 0`, the power of that density; of the similarity, `β/ε` is the factor.
         transport_weight: `λ >= 0`, of the transported pairs.
         own_pair: whether a pair's own partner is in the support that transports it. Without it `v'` is made of other
             samples alone, and `(v', t)` is no positive pair; to compare with.
@@ -57,7 +74,7 @@ class OTCOLoss(ClipLoss):
         local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: as in `open_clip.ClipLoss`.
 
     Raises:
-        ValueError: a negative weight, a share outside `[0, 1]`, or a trust that there is not.
+        ValueError: a negative weight, a share outside `[0, 1]`, or a trust or negatives that there are not.
 
     Example::
 
@@ -76,6 +93,8 @@ class OTCOLoss(ClipLoss):
         least_share: float = 0.25,
         own_pair: bool = True,
         trust: str = "posterior",
+        negatives: str = "none",
+        negative_power: float = 0.6,
         local_loss: bool = False,
         gather_with_grad: bool = False,
         cache_labels: bool = False,
@@ -95,6 +114,7 @@ class OTCOLoss(ClipLoss):
             ("confidence", confidence),
             ("transport_weight", transport_weight),
             ("divergence_weight", divergence_weight),
+            ("negative_power", negative_power),
         ):
             if not weight >= 0:
                 raise ValueError(f"{name} must not be negative; got {weight}")
@@ -102,8 +122,11 @@ class OTCOLoss(ClipLoss):
             raise ValueError(f"least_share must lie in [0, 1]; got {least_share}")
         if trust not in TRUSTS:
             raise ValueError(f"trust must be one of {', '.join(TRUSTS)}; got {trust!r}")
+        if negatives not in NEGATIVES:
+            raise ValueError(f"negatives must be one of {', '.join(NEGATIVES)}; got {negatives!r}")
         self.confidence = confidence
         self.trust = trust
+        self.negatives, self.negative_power = negatives, negative_power
         self.least_share = least_share
         self.transport_weight = transport_weight
         self.own_pair = own_pair
@@ -124,7 +147,12 @@ class OTCOLoss(ClipLoss):
     @property
     def acting(self) -> bool:
         """Whether plans change the loss: there are some, and what they do has a weight."""
-        return bool((self.confidence and self.newest is not None) or (self.transport_weight and self.drawn))
+        asks = self.newest is not None and (self.confidence or self._weighs_negatives)
+        return bool(asks or (self.transport_weight and self.drawn))
+
+    @property
+    def _weighs_negatives(self) -> bool:
+        return bool(self.negatives != "none" and self.negative_power)
 
     def take_gathered(self) -> Features | None:
         """The global batch of the last call, without gradient; the loss keeps it no longer."""
@@ -160,8 +188,10 @@ class OTCOLoss(ClipLoss):
             # The callback's window is fed from here: no second collective.
             self.gathered = Features(everyone.images.detach(), everyone.texts.detach())
         rows = local if self.local_loss else everyone
-        weights = self._weights(local)
-        losses = {"contrastive_loss": self._info_nce(rows, everyone, logit_scale, logit_bias, weights)}
+        asked = self._ask(local)
+        weights = self._weights(asked)
+        negatives = asked.potentials if asked is not None and self._weighs_negatives else None
+        losses = {"contrastive_loss": self._info_nce(rows, everyone, logit_scale, logit_bias, weights, negatives)}
         if self.transport_weight and self.drawn:
             total = torch.zeros((), device=image_features.device)
             for plan in self.drawn:
@@ -206,30 +236,41 @@ class OTCOLoss(ClipLoss):
         with torch.autocast(total.device.type, enabled=False):
             return sinkhorn_divergence(everyone.images.float(), everyone.texts.float(), self.epsilon)
 
-    def _weights(self, local: Features) -> Tensor | None:
-        """`c_i` of the rows of the logits, `(rows,)`, mean 1 over the global batch; `None` where all are 1."""
-        self.effective_share = self.matched_share = None
-        if not self.confidence or self.newest is None:
+    def _ask(self, local: Features) -> Asked | None:
+        """What the newest plan says of the global batch; `None` where nothing of it is used."""
+        plan = self.newest
+        if plan is None or not (self.confidence or self._weighs_negatives):
             return None
         # Each rank asks the plan about its own pairs: that, unlike a gather of numbers, would not get less with ranks.
+        potentials = plan.potentials(*local)
+        log_trust = plan.log_mass if self.trust == "posterior" else plan.log_confidence
+        numbers = [log_trust(*local, potentials)]
+        if self._weighs_negatives:
+            numbers += map(plan.own, potentials)
+        trust, *potentials_of_all = self._gather_numbers(torch.stack(numbers))
+        return Asked(trust, Potentials(*potentials_of_all) if potentials_of_all else potentials)
+
+    def _weights(self, asked: Asked | None) -> Tensor | None:
+        """`c_i` of the rows of the logits, `(rows,)`, mean 1 over the global batch; `None` where all are 1."""
+        self.effective_share = self.matched_share = None
+        if not self.confidence or asked is None:
+            return None
+        log_trust = asked.log_trust
         if self.trust == "posterior":
-            log_ratio = self._gather_numbers(self.newest.log_mass(*local))
-            self.matched_share = matched_share(log_ratio)
-            log_trust = log_posterior(log_ratio, self.matched_share)
-        else:
-            log_trust = self._gather_numbers(self.newest.log_confidence(*local))
+            self.matched_share = matched_share(log_trust)
+            log_trust = log_posterior(log_trust, self.matched_share)
         weights, self.effective_share = tempered(log_trust, self.confidence, self.least_share)
         if self.local_loss and self.world_size > 1:
             weights = weights.chunk(self.world_size)[self.rank]
         return weights
 
     def _gather_numbers(self, local: Tensor) -> Tensor:
-        """A number for each pair of the global batch, `(W·B,)`, from those of each rank, `(B,)`; without gradient."""
+        """Some numbers for each pair of the global batch, `(k, W·B)`, from each rank's, `(k, B)`; without gradient."""
         if self.world_size == 1:
             return local
         everyone = [torch.empty_like(local) for _ in range(self.world_size)]
         dist.all_gather(everyone, local)
-        return torch.cat(everyone)
+        return torch.cat(everyone, dim=1)
 
     def _info_nce(
         self,
@@ -238,22 +279,41 @@ class OTCOLoss(ClipLoss):
         logit_scale: Tensor,
         logit_bias: Tensor | None,
         weights: Tensor | None,
+        negatives: Potentials | None = None,
     ) -> Tensor:
-        """Symmetric InfoNCE of `rows` against `everyone`; the operations and their order are `ClipLoss`'s own."""
+        """Symmetric InfoNCE of `rows` against `everyone`; the operations and their order are `ClipLoss`'s own.
+
+        Args:
+            weights: of the rows, or `None` for ones.
+            negatives: potentials of everyone, by which negatives are weighted; `None` for equal weights.
+        """
         logits_per_image = logit_scale * rows.images @ everyone.texts.T
         if self.world_size > 1 and not self.local_loss:
             logits_per_text = logits_per_image.T
         else:
             logits_per_text = logit_scale * rows.texts @ everyone.images.T
+        labels = self.get_ground_truth(logits_per_image.device, logits_per_image.shape[0])
+        if negatives is not None:
+            logits_per_image = logits_per_image + self._log_negative_weights(
+                logits_per_image, logit_scale, labels, negatives.g
+            )
+            logits_per_text = logits_per_text + self._log_negative_weights(
+                logits_per_text, logit_scale, labels, negatives.f
+            )
         if logit_bias is not None:
             logits_per_image += logit_bias
             logits_per_text += logit_bias
-        labels = self.get_ground_truth(logits_per_image.device, logits_per_image.shape[0])
         if weights is None:
             return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
         per_pair = F.cross_entropy(logits_per_image, labels, reduction="none")
         per_pair = per_pair + F.cross_entropy(logits_per_text, labels, reduction="none")
         return (weights * per_pair).mean() / 2
+
+    def _log_negative_weights(self, logits: Tensor, scale: Tensor, own: Tensor, potential: Tensor) -> Tensor:
+        assert self.newest is not None
+        similarity = logits.detach() / scale.detach()
+        power = self.negative_power / self.newest.epsilon
+        return log_negative_weights(similarity, own, power, potential if self.negatives == "plan" else None)
 
     def _transported(self, plan: TransportPlan, pairs: Features) -> Features:
         """`v'` and `t'` of the pairs. `v'` lives among texts and `t'` among images."""

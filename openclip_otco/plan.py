@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,13 @@ from openclip_otco.ot.sinkhorn import soft_ctransform
 _HEAD_ALIGNMENT = 8
 # Of a saved plan; costs lie in [0, 2], and what is beyond this or its inverse overflows float32.
 _SMALLEST_EPSILON = 1e-6
+
+
+class Potentials(NamedTuple):
+    """Dual potentials of images and of texts, `(n,)` each, in units of the cost."""
+
+    f: Tensor
+    g: Tensor
 
 
 @dataclass(frozen=True)
@@ -72,23 +80,32 @@ class TransportPlan:
         """`g(t) = -ε log 1/N Σ_i exp((f_i - C(v_i, t))/ε)`, `(B,)`, of texts `t`, `(B, d)`."""
         return self._potential(t, self.image_features, self.f)
 
-    def log_mass(self, v: Tensor, t: Tensor) -> Tensor:
+    def potentials(self, v: Tensor, t: Tensor) -> Potentials:
+        """`f(v)` and `g(t)`, `(B,)` each: all that the plan has to be asked about these images and texts."""
+        return Potentials(self.image_potential(v), self.text_potential(t))
+
+    def log_mass(self, v: Tensor, t: Tensor, potentials: Potentials | None = None) -> Tensor:
         """`log dσ(v, t) = (f(v) + g(t) - C(v, t))/ε`, `(B,)`: the plan's density at the pairs `(v_i, t_i)`, against
-        the product of the marginals. Where the plan does not couple, the mean of its row's and its column's."""
-        row, column = self._log_masses(v, t)
+        the product of the marginals. Where the plan does not couple, the mean of its row's and its column's.
+
+        Args:
+            v, t: `(B, d)` unit-norm image and text features; row `i` of both is one pair.
+            potentials: of `v` and `t`, where they are known.
+        """
+        row, column = self._log_masses(v, t, potentials)
         return (row + column) / 2
 
-    def _log_masses(self, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _log_masses(self, v: Tensor, t: Tensor, potentials: Potentials | None = None) -> tuple[Tensor, Tensor]:
         """`log_mass` as the row at `v_i` and as the column at `t_i` have it."""
         v, t = v.detach().float(), t.detach().float()
         own_cost = 1.0 - (v * t).sum(dim=1)
-        f, g = self.image_potential(v), self.text_potential(t)
-        return (f + self._own(g) - own_cost) / self.epsilon, (self._own(f) + g - own_cost) / self.epsilon
+        f, g = potentials or self.potentials(v, t)
+        return (f + self.own(g) - own_cost) / self.epsilon, (self.own(f) + g - own_cost) / self.epsilon
 
-    def log_confidence(self, v: Tensor, t: Tensor) -> Tensor:
-        """The logarithm of `confidence`, `(B,)`; it does not underflow."""
+    def log_confidence(self, v: Tensor, t: Tensor, potentials: Potentials | None = None) -> Tensor:
+        """The logarithm of `confidence`, `(B,)`; it does not underflow. Arguments are those of `log_mass`."""
         # Beside N support points of weight 1/N each, a pair of that weight and of mass m takes the share m / (m + N).
-        row, column = (F.logsigmoid(mass - math.log(len(self))) for mass in self._log_masses(v, t))
+        row, column = (F.logsigmoid(mass - math.log(len(self))) for mass in self._log_masses(v, t, potentials))
         return row + column
 
     def confidence(self, v: Tensor, t: Tensor) -> Tensor:
@@ -111,7 +128,7 @@ class TransportPlan:
             t: `(B, d)` their own texts. When given, each own pair joins the support of its row (its potential comes
                 from the c-transform); it counts as a constant, as the rest of the support does.
         """
-        own_potential = None if t is None else self._own(self.text_potential(t))
+        own_potential = None if t is None else self.own(self.text_potential(t))
         return self._transport(v, self.text_features, self.g, t, own_potential)
 
     def transport_text(self, t: Tensor, v: Tensor | None = None) -> Tensor:
@@ -121,7 +138,7 @@ class TransportPlan:
             t: `(B, d)` unit-norm text features; gradients flow to them.
             v: `(B, d)` their own images, or `None`; as in `transport_image`.
         """
-        own_potential = None if v is None else self._own(self.image_potential(v))
+        own_potential = None if v is None else self.own(self.image_potential(v))
         return self._transport(t, self.image_features, self.f, v, own_potential)
 
     def to(self, device: torch.device | str) -> TransportPlan:
@@ -171,8 +188,8 @@ class TransportPlan:
             raise TypeError("a plan's diagnostics must be plain numbers")
         return plan
 
-    def _own(self, potential: Tensor) -> Tensor:
-        """The potential that a new point has in the support of its own pair, from its c-transform."""
+    def own(self, potential: Tensor) -> Tensor:
+        """The potential that a new point has as a member of the support, from its c-transform `potential`."""
         return potential if self.coupled else torch.zeros_like(potential)
 
     def _potential(self, queries: Tensor, support: Tensor, potential: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import argparse
 from openclip_otco.cache import FeatureWindow, PlanCache
 from openclip_otco.callback import PlanCacheCallback
 from openclip_otco.loss import TRUSTS, OTCOLoss
+from openclip_otco.method.negatives import NEGATIVES
 from openclip_otco.models import check_model, model_configs, prepare_model, register_models
 from openclip_otco.options import (
     Option,
@@ -51,6 +52,11 @@ OPTIONS = (
     Option("--otco-least-share", 0.25, "Least effective share of the batch that confidence leaves, 0 = no limit.",
            share, "in [0, 1]"),
     Option("--otco-divergence-weight", 0.0, "Weight of the Sinkhorn divergence between images and texts, 0 = off.",
+           weight, "0 or more"),
+    Option("--otco-negatives", "none",
+           "What weighs negatives: the plan's density at them, their similarity alone (to compare with), or nothing.",
+           choices=NEGATIVES),
+    Option("--otco-negative-power", 0.6, "Power of that density (of the similarity: of exp(cosine / epsilon)).",
            weight, "0 or more"),
     Option("--otco-warmup", 0.05, "Share of all steps before confidence and transported pairs act.",
            share, "in [0, 1]"),
@@ -100,6 +106,8 @@ class OTCOPlugin:
             least_share=args.otco_least_share,
             own_pair=args.otco_own_pair == "in",
             trust=args.otco_trust,
+            negatives=args.otco_negatives,
+            negative_power=args.otco_negative_power,
             local_loss=args.local_loss,
             gather_with_grad=args.gather_with_grad,
             cache_labels=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 from openclip_otco import OTCOLoss, PlanSolver, TransportPlan
-from openclip_otco.loss import Features, tempered
+from openclip_otco.loss import TRUSTS, Features, tempered
+from openclip_otco.method.negatives import log_negative_weights
 
 SCALE = torch.tensor(14.2857)
 
@@ -39,6 +41,11 @@ def info_nce(x: Tensor, y: Tensor, scale: float, weights: Tensor) -> Tensor:
     logits = scale * x.double() @ y.double().T
     per_pair = -(logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()) / 2
     return (weights.double() * per_pair).mean()
+
+
+def pair_weights(loss: OTCOLoss, images: Tensor, texts: Tensor) -> Tensor:
+    """`c_i` of the pairs of a batch."""
+    return loss._weights(loss._ask(Features(images, texts)))
 
 
 def reference_weights(confidence: Tensor, gamma: float, least_share: float) -> Tensor:
@@ -133,7 +140,7 @@ def test_weights_have_mean_one_and_no_gradient(plan):
     images, texts = paired_features(32, seed=2)
     loss = OTCOLoss(confidence=1.5)
     loss.set_plans([plan], plan)
-    weights = loss._weights(Features(images.requires_grad_(), texts.requires_grad_()))
+    weights = pair_weights(loss, images.requires_grad_(), texts.requires_grad_())
     assert weights.mean() == pytest.approx(1, rel=1e-5)
     assert not weights.requires_grad
     assert 0 < float(loss.effective_share) <= 1
@@ -170,7 +177,7 @@ def test_posterior_weights_are_their_formula(plan):
     texts = torch.cat([texts[:40], texts[40:].roll(7, 0)])
     loss = OTCOLoss(confidence=1.0, trust="posterior", least_share=0)
     loss.set_plans([plan], plan)
-    weights = loss._weights(Features(images, texts))
+    weights = pair_weights(loss, images, texts)
     ratio = plan.log_mass(images, texts).double().exp()
     share = minimize_scalar(lambda p: -float((p * ratio + 1 - p).log().mean()), bounds=(0, 1), method="bounded").x
     posterior = share * ratio / (share * ratio + 1 - share)
@@ -183,7 +190,7 @@ def test_clean_pairs_of_a_sharp_plan_weigh_one():
     images, texts = paired_features(64, seed=2)
     loss = OTCOLoss(confidence=1.0, trust="posterior", least_share=0)
     loss.set_plans([sharp], sharp)
-    assert loss._weights(Features(images, texts)) == pytest.approx(torch.ones(64), abs=0.05)
+    assert pair_weights(loss, images, texts) == pytest.approx(torch.ones(64), abs=0.05)
     assert float(loss.matched_share) > 0.95
 
 
@@ -200,8 +207,83 @@ def test_wrong_captions_hardly_pull(trust, epsilon):
     texts = torch.where(wrong[:, None], texts.roll(7, 0), texts)
     loss = OTCOLoss(confidence=1.0, trust=trust, least_share=0)
     loss.set_plans([plan], plan)
-    weights = loss._weights(Features(images, texts))
+    weights = pair_weights(loss, images, texts)
     assert weights[~wrong].mean() > 5 * weights[wrong].mean()
+
+
+def test_weighted_negatives_are_their_formula(plan):
+    """Against the density written out in float64, from the plan's support and potentials alone."""
+    images, texts = paired_features(32, seed=2)
+    v, t, support_v, support_t, f, g = (
+        x.double() for x in (images, texts, plan.image_features, plan.text_features, plan.f, plan.g)
+    )
+    own_f = -0.1 * (torch.logsumexp((g - 1 + v @ support_t.T) / 0.1, 1) - math.log(128))
+    own_g = -0.1 * (torch.logsumexp((f - 1 + t @ support_v.T) / 0.1, 1) - math.log(128))
+    density = {
+        "plan": ((own_f[:, None] + own_g - 1 + v @ t.T) / 0.1).exp(),
+        "similarity": (v @ t.T / 0.1).exp(),
+    }
+    for negatives, r in density.items():
+        w = (r**2.0).fill_diagonal_(0)
+        rows, columns = w / w.sum(1, keepdim=True) * 31, w / w.sum(0) * 31
+        e = (float(SCALE) * v @ t.T).exp()
+        own = e.diagonal()
+        expected = -((own / (own + (rows * e).sum(1))).log() + (own / (own + (columns * e).sum(0))).log()).mean() / 2
+        loss = OTCOLoss(confidence=0, negatives=negatives, negative_power=2.0)
+        loss.set_plans([plan], plan)
+        assert loss.acting
+        terms = loss(images, texts, SCALE, output_dict=True)
+        assert list(terms) == ["contrastive_loss"]
+        torch.testing.assert_close(terms["contrastive_loss"].double(), expected, rtol=1e-5, atol=0)
+        assert float(terms["contrastive_loss"]) > float(ClipLoss()(images, texts, SCALE))
+
+
+def test_weighted_negatives_stand_beside_trust_and_bias(plan):
+    images, texts = paired_features(32, seed=2)
+    bias = torch.tensor(-3.0)
+    loss = OTCOLoss(confidence=1.0, negatives="plan", negative_power=1.0)
+    loss.set_plans([plan], plan)
+    both = loss(images, texts, SCALE, bias)
+    # A bias that all logits have changes no softmax.
+    torch.testing.assert_close(both, loss(images, texts, SCALE), rtol=1e-5, atol=0)
+    loss.confidence = 0.0
+    assert not torch.equal(both, loss(images, texts, SCALE, bias))
+    loss.negative_power = 0.0
+    assert not loss.acting
+    assert torch.equal(loss(images, texts, SCALE, bias), ClipLoss()(images, texts, SCALE, bias))
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    n=st.integers(2, 12), columns=st.integers(0, 8), power=st.floats(0, 50), shift=st.floats(-2, 2),
+    seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_log_weights_of_negatives(n, columns, power, shift, seed):
+    generator = torch.Generator().manual_seed(seed)
+    similarity = 2 * torch.rand(n, n + columns, generator=generator) - 1
+    potential = torch.randn(n + columns, generator=generator) / 10
+    own = torch.randperm(n + columns, generator=generator)[:n]
+    weights = log_negative_weights(similarity, own, power, potential)
+    others = torch.ones_like(weights, dtype=torch.bool).scatter(1, own[:, None], False)
+    assert torch.equal(weights[~others], torch.zeros(n))
+    assert (weights.exp() * others).sum(1) / (n + columns - 1) == pytest.approx(torch.ones(n), rel=1e-4)
+    # What all columns have in common says nothing, and what a column has more makes it weigh more.
+    moved = log_negative_weights(similarity, own, power, potential + shift)
+    torch.testing.assert_close(moved, weights, rtol=1e-3, atol=1e-3)
+    hardness = (similarity + potential).masked_fill(~others, -torch.inf)
+    assert torch.equal(weights.masked_fill(~others, -torch.inf).argmax(1), hardness.argmax(1)) or power < 1e-3
+
+
+def test_a_pair_alone_has_no_negatives_to_weigh(plan):
+    images, texts = paired_features(1)
+    loss = OTCOLoss(negatives="plan")
+    loss.set_plans([plan], plan)
+    assert float(loss(images, texts, SCALE)) == 0
+
+
+def test_unknown_negatives_are_refused():
+    with pytest.raises(ValueError, match="negatives must be one of plan, similarity, none; got 'all'"):
+        OTCOLoss(negatives="all")
 
 
 def test_divergence_is_added_with_its_weight():
@@ -226,7 +308,7 @@ def test_a_nan_in_the_batch_is_left_to_the_training_loop(plan):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_features_train(plan, dtype):
     images, texts = (x.to(dtype).requires_grad_() for x in paired_features(32, seed=2))
-    loss = OTCOLoss(confidence=1.0, transport_weight=0.5, divergence_weight=0.1)
+    loss = OTCOLoss(confidence=1.0, transport_weight=0.5, divergence_weight=0.1, negatives="plan")
     loss.set_plans([plan], plan)
     with torch.autocast("cpu", dtype=dtype):
         total = loss(images, texts, SCALE)
@@ -242,7 +324,9 @@ def test_plans_of_another_width_are_refused(plan):
         loss(*paired_features(8, d=12), SCALE)
 
 
-@pytest.mark.parametrize("name", ["least_share", "confidence", "transport_weight", "divergence_weight"])
+@pytest.mark.parametrize(
+    "name", ["least_share", "confidence", "transport_weight", "divergence_weight", "negative_power"]
+)
 def test_negative_weights_are_refused(name):
     with pytest.raises(ValueError, match=name):
         OTCOLoss(**{name: -0.1})
@@ -262,6 +346,9 @@ def _rank(rank: int, world: int, folder: Path) -> None:
             losses[trust] = OTCOLoss(confidence=1.0, transport_weight=0.5, trust=trust, **settings)
             losses[trust].set_plans([plan], plan)
             losses[trust].keeps_gathered = True
+        for negatives in ("plan", "similarity"):
+            losses[negatives] = OTCOLoss(confidence=1.0, negatives=negatives, negative_power=2.0, **settings)
+            losses[negatives].set_plans([plan], plan)
         losses["divergence"] = OTCOLoss(confidence=0, divergence_weight=2.0, **settings)
         for name, loss in losses.items():
             out[f"{name}-{local_loss}-{gather_with_grad}"] = gradients(loss, images, texts)
@@ -290,12 +377,15 @@ def test_ranks_without_plans_are_clip_loss_to_the_bit(ranks, local_loss, gather_
 
 
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), SETTINGS)
-@pytest.mark.parametrize("trust", ["share", "posterior"])
-def test_ranks_with_plans_equal_one(ranks, plan, local_loss, gather_with_grad, trust):
-    loss = OTCOLoss(confidence=1.0, transport_weight=0.5, trust=trust)
+@pytest.mark.parametrize("name", ["share", "posterior", "plan", "similarity"])
+def test_ranks_with_plans_equal_one(ranks, plan, local_loss, gather_with_grad, name):
+    if name in TRUSTS:
+        loss = OTCOLoss(confidence=1.0, transport_weight=0.5, trust=name)
+    else:
+        loss = OTCOLoss(confidence=1.0, negatives=name, negative_power=2.0)
     loss.set_plans([plan], plan)
     total, *grads, _ = gradients(loss, *paired_features(64, seed=2))
-    with_plan = [rank[f"{trust}-{local_loss}-{gather_with_grad}"] for rank in ranks]
+    with_plan = [rank[f"{name}-{local_loss}-{gather_with_grad}"] for rank in ranks]
     torch.testing.assert_close(torch.stack([rank[0] for rank in with_plan]).mean(), total, rtol=1e-5, atol=0)
     if local_loss and not gather_with_grad:
         return  # OpenCLIP leaves out what the other ranks' rows would give: another gradient, by its own choice
@@ -307,8 +397,9 @@ def test_ranks_with_plans_equal_one(ranks, plan, local_loss, gather_with_grad, t
         torch.testing.assert_close(spread, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("negatives", ["none", "plan"])
 @pytest.mark.parametrize("accum", [2, 4])
-def test_accumulated_batches_equal_the_large_one(plan, accum):
+def test_accumulated_batches_equal_the_large_one(plan, accum, negatives):
     """OpenCLIP's own way: each small batch again with a gradient, among the cached features of all others."""
     torch.manual_seed(0)
     inputs = paired_features(64, seed=2)
@@ -318,7 +409,7 @@ def test_accumulated_batches_equal_the_large_one(plan, accum):
     def encode(part):
         return [F.normalize(tower(x[part]), dim=1) for tower, x in zip(towers, inputs, strict=True)]
 
-    loss = OTCOLoss(confidence=1.0, transport_weight=0.5)
+    loss = OTCOLoss(confidence=1.0, transport_weight=0.5, negatives=negatives)
     loss.set_plans([plan], plan)
     loss.keeps_gathered = True
     loss(*encode(slice(None)), torch.tensor(10.0)).backward()

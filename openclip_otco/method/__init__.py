@@ -1,0 +1,1 @@
+"""The method: what plans do in the loss."""

@@ -1,0 +1,39 @@
+"""Weights of negatives: how much each caption that is not an image's own counts against it, and the reverse."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# What the weights are made of: the newest plan's density, or the similarity alone, to compare with.
+NEGATIVES = ("plan", "similarity", "none")
+
+
+def log_negative_weights(similarity: Tensor, own: Tensor, power: float, potential: Tensor | None = None) -> Tensor:
+    """`log w_ij` of the negatives of each row, mean of `w` over them 1; 0 at the own pair. `(R, C)`, without gradient.
+
+    `w_ij ∝ r_ij^β`, where `r = dσ/d(a⊗b)` is a plan's density (method, section 4). In the rows of images
+    `r_ij = exp((f_i + g_j - C_ij)/ε)`; whatever a row has in common cancels, so that `g` alone is asked for, and in the
+    rows of texts `f` alone. Without potentials this is the weight of hard negatives by similarity (Robinson, Chuang,
+    Sra, Jegelka, *Contrastive Learning with Hard Negative Samples*, ICLR 2021, equation 4; for image and text:
+    Radenovic et al., *Filtering, Distillation, and Hard Negatives for Vision-Language Pre-Training*, CVPR 2023).
+
+    Added to the logits of InfoNCE, it makes the denominator `e^(s_ii) + Σ_j w_ij e^(s_ij)`.
+
+    Args:
+        similarity: `(R, C)` cosines of the rows with what they are compared with.
+        own: `(R,)` column of each row's own pair.
+        power: `β/ε >= 0`, per unit of the cosine.
+        potential: `(C,)` potentials of the columns in a plan, in units of the cost; none counts as zero.
+    """
+    rows, columns = similarity.shape
+    if columns < 2:
+        return similarity.new_zeros(rows, columns)
+    with torch.no_grad():
+        # Not in half precision, of which a power of 20 would magnify the rounding.
+        hardness = similarity.float() if potential is None else similarity.float() + potential
+        weights = (power * hardness).scatter(1, own[:, None], -torch.inf)
+        log_weights = weights.log_softmax(dim=1).add_(math.log(columns - 1))
+        return log_weights.scatter_(1, own[:, None], 0.0)
