@@ -33,6 +33,7 @@ from openclip_otco.baselines.moco import MoCoLoss
 from openclip_otco.baselines.momentum import MomentumEncoders
 from openclip_otco.baselines.otter import OTTERLoss
 from openclip_otco.baselines.plugin import OPTIONS, BaselinesPlugin
+from openclip_otco.baselines.rcl import RCLLoss
 from openclip_otco.baselines.simclr import SimCLRLoss
 from openclip_otco.baselines.views import RandomViews, SecondView, blur, crop, recolour
 from openclip_otco.loss import Features
@@ -333,10 +334,44 @@ def test_otter_takes_the_smallest_batches(n: int) -> None:
     assert torch.isfinite(OTTERLoss()(v, t, SCALE))
 
 
+# --- RCL
+
+
+@settings(deadline=None, max_examples=30)
+@given(n=st.integers(1, 20), scale=st.floats(1, 100), seed=st.integers(0, 100))
+def test_rcl_is_its_formula(n: int, scale: float, seed: int) -> None:
+    v, t = (x.requires_grad_() for x in paired_features(n, seed=seed))
+    losses = RCLLoss()(v, t, torch.tensor(scale), output_dict=True)
+    assert list(losses) == ["complementary_loss"]
+    losses["complementary_loss"].backward()
+    v64, t64 = (x.detach().double().requires_grad_() for x in (v, t))
+    others = ~torch.eye(n, dtype=torch.bool)
+    expected = torch.zeros((), dtype=torch.float64)
+    for logits in (scale * v64 @ t64.T, scale * t64 @ v64.T):
+        # 1 - p_ij is the sum of the other shares: nothing cancels.
+        shares = logits.softmax(1)
+        rest = torch.stack([shares[:, torch.arange(n) != j].sum(1) for j in range(n)], dim=1)
+        expected = expected - (rest.clamp_min(1e-6).log() * others).sum(1).mean() / 2
+    torch.testing.assert_close(losses["complementary_loss"].double(), expected, rtol=1e-3, atol=1e-5)
+    expected.backward()
+    bound = 1e-2 * float(v64.grad.abs().max()) + 1e-5
+    torch.testing.assert_close(v.grad.double(), v64.grad, rtol=0, atol=bound)
+
+
+def test_rcl_stays_finite_where_a_negative_takes_all() -> None:
+    v = F.normalize(torch.randn(2, 8, generator=torch.Generator().manual_seed(0)), dim=1).requires_grad_()
+    loss = RCLLoss()(v, v.detach().flip(0), torch.tensor(100.0))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(v.grad).all()
+    assert loss.item() > 5
+
+
 def test_a_nan_in_the_batch_is_left_to_the_training_loop() -> None:
     v, t = paired_features(8)
     v[3] = math.nan
     assert torch.isnan(OTTERLoss()(v, t, SCALE))
+    assert torch.isnan(RCLLoss()(v, t, SCALE))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -582,6 +617,7 @@ def runs(lab: Lab, patched: Path) -> dict[str, Run]:
         "moco": lab.start("moco", patched, PLUGIN, *MOCO, ranks=2),
         "simclr": lab.start("simclr", patched, PLUGIN, "--loss", "simclr", *validation),
         "otter": lab.start("otter", patched, PLUGIN, "--loss", "otter", "--accum-freq", "2", *validation),
+        "rcl": lab.start("rcl", patched, PLUGIN, "--loss", "rcl", *validation),
     }
     return {name: run.wait() for name, run in started.items()}
 
@@ -589,9 +625,10 @@ def runs(lab: Lab, patched: Path) -> dict[str, Run]:
 @pytest.mark.training
 def test_each_trains_through_the_script(runs: dict[str, Run]) -> None:
     terms = {"moco": ["Contrastive"], "simclr": ["Contrastive", "Simclr"], "otter": ["Contrastive", "Otter"]}
+    terms["rcl"] = ["Complementary"]
     for name, run in runs.items():
         assert f"Loss: {name} (plugin baselines)" in run.output
-        assert len(run.steps) == {"moco": 4, "simclr": 4, "otter": 2}[name]
+        assert len(run.steps) == {"moco": 4, "simclr": 4, "otter": 2, "rcl": 4}[name]
         for line in run.steps:
             assert re.findall(r"(\w+)_loss: ", line) == terms[name]
         assert all(torch.isfinite(value).all() for value in run.checkpoint(1)["state_dict"].values())

@@ -13,6 +13,7 @@ from openclip_otco.baselines.key_queue import KeyQueue
 from openclip_otco.baselines.moco import MoCoLoss
 from openclip_otco.baselines.momentum import MomentumEncoders
 from openclip_otco.baselines.otter import OTTERLoss
+from openclip_otco.baselines.rcl import RCLLoss
 from openclip_otco.baselines.simclr import SimCLRLoss
 from openclip_otco.baselines.views import RandomViews, SecondView
 from openclip_otco.options import (
@@ -49,6 +50,7 @@ OPTIONS = {
         Option("--otter-momentum", 0.995, "Momentum of the teacher, 0 = the model's own features.", _below_one,
                "in [0, 1)"),
     ),
+    "rcl": (),
 }  # fmt: skip
 
 
@@ -101,6 +103,8 @@ class BaselinesPlugin:
         }
         if args.loss == "simclr":
             return SimCLRLoss(args.simclr_weight, args.simclr_temperature, **settings)
+        if args.loss == "rcl":
+            return RCLLoss(**settings)
         return OTTERLoss(args.otter_share, args.otter_epsilon, **settings)
 
     def create_callbacks(self, args: argparse.Namespace, loss: object) -> list[MomentumCallback]:

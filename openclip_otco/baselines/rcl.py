@@ -1,0 +1,56 @@
+"""RCL: complementary contrastive learning, which learns from negatives alone."""
+
+from __future__ import annotations
+
+import torch
+from open_clip.loss import ClipLoss
+from torch import Tensor
+
+# The logarithm of a probability is kept this far from 0: in float32 the gradient of log(1 - p) would not be finite.
+_LEAST = 1e-6
+
+
+class RCLLoss(ClipLoss):
+    """Negatives are pushed away, and no pair is pulled together (Hu, Huang, Peng, Wang, Peng, *Cross-Modal Retrieval
+    With Partially Mismatched Pairs*, TPAMI 2023; its logarithmic form).
+
+    .. code-block:: text
+
+        L = -½ mean_i Σ_{j≠i} [ log(1 - p_ij) + log(1 - q_ij) ]
+        p_i = softmax_j(s · v_i·t_j),   q_i = softmax_j(s · t_i·v_j)
+
+    A wrong caption is hardly ever a wrong negative. The own pair gains as the negatives lose, by the softmax alone.
+
+    Args:
+        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: as in `open_clip.ClipLoss`.
+
+    Example::
+
+        loss = RCLLoss()
+        loss(image_features, text_features, logit_scale).backward()
+    """
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> dict[str, Tensor] | Tensor:
+        """The loss of `(B, d)` unit-norm image and text features; row `i` of both is one pair.
+
+        Returns:
+            The loss, or with `output_dict` that as `complementary_loss`.
+        """
+        by_image, by_text = self.get_logits(image_features, text_features, logit_scale, logit_bias)
+        labels = self.get_ground_truth(by_image.device, len(by_image))
+        loss = (_complementary(by_image, labels) + _complementary(by_text, labels)) / 2
+        return {"complementary_loss": loss} if output_dict else loss
+
+
+def _complementary(logits: Tensor, labels: Tensor) -> Tensor:
+    """`-mean_i Σ_{j≠i} log(1 - p_ij)` of `(B, n)` logits."""
+    log_p = logits.float().log_softmax(dim=1)
+    log_rest = torch.log(-torch.expm1(log_p.clamp(max=-_LEAST)))
+    return -log_rest.scatter(1, labels[:, None], 0.0).sum(dim=1).mean()
