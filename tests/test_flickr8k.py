@@ -11,6 +11,7 @@ from webdataset.writer import TarWriter
 
 from openclip_otco.study import flickr8k, shards
 from openclip_otco.study.flickr8k import Flickr8kError
+from openclip_otco.study.mismatch import mismatch
 from openclip_otco.study.study import DataSetting, Flickr8k, StudyError, load
 
 KEYS = [f"image{number}" for number in range(7)]
@@ -52,7 +53,7 @@ def pairs(folder: Path) -> dict[str, list[tuple[str, str]]]:
 
 @pytest.mark.parametrize("mismatch", [0, 40])
 def test_each_image_meets_the_captions_of_the_list_once(source: Path, tmp_path: Path, mismatch: int) -> None:
-    flickr8k.write_train(source, tmp_path / "train", mismatch)
+    flickr8k.write_train(source, tmp_path / "train", f"mismatch-{mismatch}")
     found = pairs(tmp_path / "train")
     donors = DONORS if mismatch else {}
     expected = [(f"{key} as JPEG", caption) for key in KEYS for caption in captions(donors.get(key, key))]
@@ -64,9 +65,33 @@ def test_each_image_meets_the_captions_of_the_list_once(source: Path, tmp_path: 
     assert sizes == {name: len(shard) for name, shard in found.items()}
 
 
+def test_without_the_mismatched_images_the_others_are_as_before(source: Path, tmp_path: Path) -> None:
+    flickr8k.write_train(source, tmp_path / "train", "mismatch-40", matched_only=True)
+    found = pairs(tmp_path / "train")
+    expected = [(f"{key} as JPEG", caption) for key in KEYS if key not in DONORS for caption in captions(key)]
+    assert sorted(pair for shard in found.values() for pair in shard) == sorted(expected)
+
+
+def test_kinds_of_mismatch_have_folders_and_recipes_of_their_own(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(flickr8k.SOURCE, str(source))
+    (source / "mismatch-near-40.csv").write_text("key,caption_key\nimage0,image1\n")
+    kinds = {"mismatch-40": {}, "mismatch-near-40": {"near": True}, "mismatch-40-matched": {"matched_only": True}}
+    for name, options in kinds.items():
+        setting = DataSetting(name, None, {}, Flickr8k(40, **options))
+        shards.make(setting, tmp_path)
+        recipe = json.loads((tmp_path / f"data/flickr8k-{name}/flickr8k.json").read_text())
+        assert recipe == {"version": flickr8k.VERSION, "mismatch": 40, **options}
+        assert mismatch(setting) == (None if options else 0.4)
+    near = [pair for shard in pairs(tmp_path / "data/flickr8k-mismatch-near-40").values() for pair in shard]
+    assert ("image0 as JPEG", captions("image1")[0]) in near
+    assert ("image1 as JPEG", captions("image1")[0]) in near
+
+
 def test_equal_sources_give_equal_bytes(source: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        flickr8k.write_train(source, tmp_path / name, 40)
+        flickr8k.write_train(source, tmp_path / name, "mismatch-40")
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
@@ -110,18 +135,20 @@ def test_a_source_that_cannot_be_used_is_one_clear_error(
         flickr8k.source_folder()
     with pytest.raises(Flickr8kError, match=r"has no train-\*.tar"):
         flickr8k.source_folder(str(tmp_path))
-    with pytest.raises(Flickr8kError, match=r"mismatch-33\.csv; there is 0, 40"):
-        flickr8k.write_train(source, tmp_path / "train", 33)
+    with pytest.raises(Flickr8kError, match=r"mismatch-33\.csv is missing; there is mismatch-0, mismatch-40"):
+        flickr8k.write_train(source, tmp_path / "train", "mismatch-33")
     with (source / "mismatch-40.csv").open("a") as stream:
         stream.write("image2,stranger\n")
     with pytest.raises(Flickr8kError, match=r"mismatch-40\.csv names stranger"):
-        flickr8k.write_train(source, tmp_path / "train", 40)
+        flickr8k.write_train(source, tmp_path / "train", "mismatch-40")
 
 
 @pytest.mark.parametrize(
     ("table", "told"),
     [
         ("flickr8k = {mismatch = 0.4}", "data.d.flickr8k.mismatch must be a whole number of percent"),
+        ("flickr8k = {mismatch = 40, near = 1}", "data.d.flickr8k.near must be true or false"),
+        ("flickr8k = {matched-only = true}", "data.d.flickr8k.matched-only needs a mismatch above 0"),
         ("flickr8k = {noise = 40}", "data.d.flickr8k.noise is unknown"),
         ("flickr8k = 40", "data.d.flickr8k must be a table"),
         ('flickr8k = {folder = ""}', "data.d.flickr8k.folder must be a string"),

@@ -2,7 +2,8 @@
 
 Hodosh, Young, Hockenmaier: Framing image description as a ranking task, JAIR 2013. The data are for research, and not
 in the package: a folder of the user's holds `train-*.tar` and `dev-*.tar`, whose samples are `KEY.jpg` and `KEY.json`
-(`{"captions": [...]}`), and a `mismatch-N.csv` for each share of mismatched images (`key,caption_key`).
+(`{"captions": [...]}`), and for each share of mismatched images a list `mismatch-N.csv` (`key,caption_key`), or
+`mismatch-near-N.csv` with captions of similar images.
 """
 
 import csv
@@ -41,17 +42,21 @@ def source_folder(given: str | None = None) -> Path:
     return folder
 
 
-def write_train(source: Path, folder: Path, mismatch: int) -> None:
+NO_MISMATCH = "mismatch-0"
+
+
+def write_train(source: Path, folder: Path, mismatch: str = NO_MISMATCH, matched_only: bool = False) -> None:
     """Writes the training shards into `folder`: a sample for each image and caption, and OpenCLIP's `sizes.json`.
 
-    An image listed in `mismatch-N.csv` gets all captions of the image that the list names, and none of its own. A shard
+    An image of the list `mismatch` gets all captions of the image that the list names, and none of its own. A shard
     holds the i-th captions of one half of the images. So no image meets itself within a shard, and not often in what
     OpenCLIP shuffles at a time, about two shards. Equal sources give equal bytes.
 
     Args:
         source: the folder with Flickr8k.
         folder: must not exist.
-        mismatch: share of the images in percent, 0 for none.
+        mismatch: name of a list, less `.csv`.
+        matched_only: leave the images of the list out.
 
     Raises:
         Flickr8kError: the list is missing, or does not fit the images.
@@ -59,16 +64,16 @@ def write_train(source: Path, folder: Path, mismatch: int) -> None:
     from webdataset.writer import TarWriter  # Imported late: WebDataset imports torch.
 
     samples = dict(_samples(source, "train"))
-    donors = _donors(source, mismatch) if mismatch else {}
+    donors = _donors(source, mismatch) if mismatch != NO_MISMATCH else {}
     if strangers := sorted({*donors, *donors.values()} - samples.keys()):
         raise Flickr8kError(f"Flickr8k: {_list(source, mismatch)} names {strangers[0]}, which no train-*.tar holds")
     captions = {key: samples[donors.get(key, key)][1] for key in samples}
-    keys = sorted(samples)
+    keys = sorted(samples.keys() - donors.keys() if matched_only else samples)
     random.Random(VERSION).shuffle(keys)
     bounds = [len(keys) * part // _SHARDS_PER_CAPTION for part in range(_SHARDS_PER_CAPTION + 1)]
     folder.mkdir(parents=True)
     sizes: dict[str, int] = {}
-    for index in range(max(map(len, captions.values()))):
+    for index in range(max(len(captions[key]) for key in keys)):
         for start, stop in pairwise(bounds):
             name = f"{len(sizes):04d}.tar"
             own = [key for key in keys[start:stop] if index < len(captions[key])]
@@ -124,16 +129,16 @@ def _samples(source: Path, split: str) -> Iterator[tuple[str, tuple[bytes, list[
             yield key, (images[key], captions[key])
 
 
-def _list(source: Path, mismatch: int) -> Path:
-    return source / f"mismatch-{mismatch}.csv"
+def _list(source: Path, mismatch: str) -> Path:
+    return source / f"{mismatch}.csv"
 
 
-def _donors(source: Path, mismatch: int) -> dict[str, str]:
+def _donors(source: Path, mismatch: str) -> dict[str, str]:
     """By image, the image whose captions it gets."""
     path = _list(source, mismatch)
     if not path.is_file():
-        there = sorted(path.stem.removeprefix("mismatch-") for path in source.glob("mismatch-*.csv"))
-        raise Flickr8kError(f"Flickr8k: mismatch = {mismatch} needs {path}; there is {', '.join(['0', *there])}")
+        there = sorted(path.stem for path in source.glob("mismatch-*.csv"))
+        raise Flickr8kError(f"Flickr8k: {path} is missing; there is {', '.join([NO_MISMATCH, *there])}")
     with path.open(newline="", encoding="utf-8") as stream:
         return {row["key"]: row["caption_key"] for row in csv.DictReader(stream)}
 

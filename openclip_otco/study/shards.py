@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from openclip_otco.study import flickr8k
-from openclip_otco.study.study import DataSetting, Flags, StudyError, arguments
+from openclip_otco.study.study import DataSetting, Flags, Flickr8k, StudyError, arguments
 
 # Stands for the study's output folder in the flags of a run, so that they name no path of one machine.
 OUT = "OUT"
@@ -66,8 +66,8 @@ def make(setting: DataSetting, out: Path) -> None:
             _make_once(
                 train,
                 _FLICKR8K,
-                {**recipe, "mismatch": wanted.mismatch},
-                lambda part: flickr8k.write_train(source(), part, wanted.mismatch),
+                {**recipe, **_mismatch_recipe(wanted)},
+                lambda part: flickr8k.write_train(source(), part, wanted.list_name, wanted.matched_only),
                 f"writing the shards of {of}",
             )
             _make_once(val, _FLICKR8K, recipe, lambda part: flickr8k.write_val(source(), part))
@@ -106,7 +106,14 @@ def _render(setting: DataSetting, folder: Path) -> None:
 def _flickr8k_folders(setting: DataSetting, out: Path) -> tuple[Path, Path]:
     """Folders of training and validation; the first names what is in it, and with it the flags of a run do."""
     assert setting.flickr8k is not None
-    return out / "data" / f"flickr8k-mismatch-{setting.flickr8k.mismatch}", out / "data" / "flickr8k-dev"
+    name = setting.flickr8k.list_name + ("-matched" if setting.flickr8k.matched_only else "")
+    return out / "data" / f"flickr8k-{name}", out / "data" / "flickr8k-dev"
+
+
+def _mismatch_recipe(wanted: Flickr8k) -> dict[str, Any]:
+    # Without what is off: shards that were made before there was a choice are the same.
+    options = {"near": wanted.near, "matched_only": wanted.matched_only}
+    return {"mismatch": wanted.mismatch, **{name: True for name, given in options.items() if given}}
 
 
 def data_flags(setting: DataSetting, out: Path) -> Flags:

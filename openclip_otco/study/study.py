@@ -38,10 +38,24 @@ class DataSetting:
 
 @dataclass(frozen=True)
 class Flickr8k:
-    """Flickr8k, with all captions of this share of the images mismatched, in percent; `folder` is where it lies."""
+    """Flickr8k, with all captions of a share of the images mismatched.
+
+    Args:
+        mismatch: the share, in percent.
+        near: whether the wrong captions are those of a similar image.
+        matched_only: whether the mismatched images are left out: what a filter that knows them would train on.
+        folder: where the data set lies.
+    """
 
     mismatch: int = 0
+    near: bool = False
+    matched_only: bool = False
     folder: str | None = None
+
+    @property
+    def list_name(self) -> str:
+        """Of the list of mismatched images, less `.csv`."""
+        return f"mismatch-{'near-' if self.near else ''}{self.mismatch}"
 
 
 @dataclass(frozen=True)
@@ -171,11 +185,17 @@ class _Reader:
         return DataSetting(name, scenes, flags, flickr8k)
 
     def flickr8k(self, table: dict[str, Any], where: str) -> Flickr8k:
-        self.no_others(table, where, {"mismatch", "folder"})
+        self.no_others(table, where, {"mismatch", "near", "matched-only", "folder"})
         mismatch = table.get("mismatch", 0)
         if type(mismatch) is not int or not 0 <= mismatch < 100:
             raise self.error(f"{where}mismatch", "must be a whole number of percent, 0 to 99")
-        return Flickr8k(mismatch, self.text(table, where, "folder") if "folder" in table else None)
+        for name in ("near", "matched-only"):
+            if type(table.get(name, False)) is not bool:
+                raise self.error(f"{where}{name}", "must be true or false")
+            if table.get(name) and not mismatch:
+                raise self.error(f"{where}{name}", "needs a mismatch above 0")
+        folder = self.text(table, where, "folder") if "folder" in table else None
+        return Flickr8k(mismatch, table.get("near", False), table.get("matched-only", False), folder)
 
     def loss(self, name: str, table: dict[str, Any]) -> Loss:
         where = f"loss.{name}."
