@@ -15,6 +15,7 @@ from torch import Tensor
 from openclip_otco.method.negatives import NEGATIVES, log_negative_weights
 from openclip_otco.mixture import log_posterior, matched_share
 from openclip_otco.ot import sinkhorn_divergence
+from openclip_otco.ot.defaults import EPSILON
 from openclip_otco.plan import Potentials, TransportPlan
 
 # What trust in a pair is: the probability that it is matched, or the method's plan confidence.
@@ -89,7 +90,7 @@ class OTCOLoss(ClipLoss):
         confidence: float = 2.0,
         transport_weight: float = 0.0,
         divergence_weight: float = 0.0,
-        epsilon: float = 0.03,
+        epsilon: float = EPSILON,
         least_share: float = 0.25,
         own_pair: bool = True,
         trust: str = "posterior",

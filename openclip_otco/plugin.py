@@ -21,17 +21,18 @@ from openclip_otco.options import (
     share,
     weight,
 )
+from openclip_otco.ot.defaults import ADDITIVE_ERROR, EPSILON
 from openclip_otco.ot.shards import ALONE, DistributedShards
 from openclip_otco.solver import COUPLINGS, INITIAL_PLANS, PlanSolver
 
 OPTIONS = (
     Option("--otco-window", 8, "Optimizer steps between two plan updates.", count, "at least 1"),
-    Option("--otco-epsilon", 0.03, "Entropic regularization of the plans, in units of the cosine cost.", positive,
+    Option("--otco-epsilon", EPSILON, "Entropic regularization of the plans, in units of the cosine cost.", positive,
            "positive"),
     Option("--otco-initial-plan", "combinatorial", "Plan that the entropic refinement starts from.",
            choices=INITIAL_PLANS),
-    Option("--otco-additive-error", 0.01, "Additive error of the combinatorial plan, as a share of the largest cost.",
-           lambda value: 0 < value <= 1, "in (0, 1]"),
+    Option("--otco-additive-error", ADDITIVE_ERROR,
+           "Additive error of the combinatorial plan, as a share of the largest cost.", lambda value: 0 < value <= 1, "in (0, 1]"),
     Option("--otco-coupling", "transport",
            "What couples a window: an optimal transport plan, or two softmaxes without marginals, to compare with.",
            choices=COUPLINGS),

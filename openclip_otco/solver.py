@@ -11,6 +11,7 @@ from torch import Tensor
 
 from openclip_otco.ot import CosineCost, combinatorial_plan, exact_plan, nearest_potentials, sinkhorn
 from openclip_otco.ot.cost import Cost, HeldParts, held, tiles
+from openclip_otco.ot.defaults import ADDITIVE_ERROR, EPSILON
 from openclip_otco.ot.divergence import plan_rows, sinkhorn_divergence
 from openclip_otco.ot.shards import ALONE, Shards
 from openclip_otco.plan import TransportPlan
@@ -45,9 +46,9 @@ class PlanSolver:
         ValueError: a setting out of its range.
     """
 
-    epsilon: float = 0.03
+    epsilon: float = EPSILON
     initial_plan: str = "combinatorial"
-    additive_error: float = 0.01
+    additive_error: float = ADDITIVE_ERROR
     tolerance: float = 1e-3
     max_iterations: int = 2000
     seed: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import inspect
 import io
 import sys
 import warnings
@@ -14,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_captions import write_shard
 
-from openclip_otco import OTCOLoss
+from openclip_otco import FeatureWindow, OTCOLoss, PlanCache, PlanCacheCallback, PlanSolver
 from openclip_otco.models import register_models
+from openclip_otco.ot import combinatorial_plan, sinkhorn, sinkhorn_divergence
 from openclip_otco.plugin import OPTIONS, OTCOPlugin
 
 # The parts of OpenCLIP's arguments that the plugin reads.
@@ -66,6 +68,25 @@ def test_defaults_are_those_of_the_table(parse):
     assert (args.otco_trust, args.otco_confidence, args.otco_least_share) == ("posterior", 2, 0.25)
     assert (args.otco_cache_size, args.otco_plans_per_step, args.otco_divergence_weight) == (4, 1, 0)
     assert (args.otco_warmup, args.otco_max_support) == (0.05, 8192)
+
+
+def test_flags_and_classes_have_the_same_defaults(parse):
+    """What a user gets in a script is what a training gets."""
+    args = parse(local_loss=False, seed=0)
+    plugin = OTCOPlugin()
+    loss, alone = plugin.create_loss(args), OTCOLoss()
+    named = {name for name in vars(alone) if not name.startswith("_")} - {"cache_labels", "training"}
+    assert {name: getattr(loss, name) for name in named} == {name: getattr(alone, name) for name in named}
+    (callback,) = plugin.create_callbacks(args, loss)
+    assert callback.solver == PlanSolver()
+    defaults = inspect.signature(PlanCacheCallback).parameters
+    for name in ("plans_per_step", "warmup", "max_age"):
+        assert getattr(callback, name) == defaults[name].default
+    assert callback.cache.size == PlanCache().size
+    assert callback.window.max_support == FeatureWindow(1).max_support
+    assert inspect.signature(sinkhorn).parameters["epsilon"].default == PlanSolver().epsilon
+    assert inspect.signature(sinkhorn_divergence).parameters["epsilon"].default == PlanSolver().epsilon
+    assert inspect.signature(combinatorial_plan).parameters["additive_error"].default == PlanSolver().additive_error
 
 
 def test_help_gives_each_flag_its_default(plugin, capsys):

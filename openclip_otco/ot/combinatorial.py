@@ -21,6 +21,7 @@ from torch import Tensor
 
 from openclip_otco.ot.candidates import CandidateLists
 from openclip_otco.ot.cost import Cost, CostLike, as_cost, cost_range, full_precision, held
+from openclip_otco.ot.defaults import ADDITIVE_ERROR
 from openclip_otco.ot.exact import exact_plan
 from openclip_otco.ot.ledger import AssignmentLedger, Ledger, TransportLedger
 from openclip_otco.ot.marginals import marginals
@@ -44,7 +45,7 @@ _NOISE = 0.02
 @full_precision
 def combinatorial_plan(
     cost: CostLike,
-    additive_error: float = 0.005,
+    additive_error: float = ADDITIVE_ERROR,
     a: Tensor | None = None,
     b: Tensor | None = None,
     seed: int = 0,

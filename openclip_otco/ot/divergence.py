@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from openclip_otco.ot.cost import CosineCost, Cost, tiles
+from openclip_otco.ot.defaults import EPSILON
 from openclip_otco.ot.marginals import marginals
 from openclip_otco.ot.sinkhorn import sinkhorn
 
@@ -17,7 +18,7 @@ from openclip_otco.ot.sinkhorn import sinkhorn
 def sinkhorn_divergence(
     x: Tensor,
     y: Tensor,
-    epsilon: float = 0.05,
+    epsilon: float = EPSILON,
     a: Tensor | None = None,
     b: Tensor | None = None,
     tol: float = 1e-4,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from openclip_otco.ot.anderson import Anderson
 from openclip_otco.ot.cost import Cost, CostLike, DenseCost, as_cost, full_precision, held, tiles, workspaces
+from openclip_otco.ot.defaults import EPSILON
 from openclip_otco.ot.marginals import marginals
 from openclip_otco.ot.shards import ALONE, Shards
 from openclip_otco.ot.sparse_plan import SparsePlan, feasible_duals
@@ -55,7 +56,7 @@ class SinkhornResult:
 @full_precision
 def sinkhorn(
     cost: CostLike,
-    epsilon: float = 0.05,
+    epsilon: float = EPSILON,
     a: Tensor | None = None,
     b: Tensor | None = None,
     init: SparsePlan | SinkhornResult | Potentials | None = None,

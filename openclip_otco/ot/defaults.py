@@ -1,0 +1,6 @@
+"""The defaults that solvers, plans, loss and flags share."""
+
+# Entropic regularization, in units of the cosine cost.
+EPSILON = 0.03
+# Additive error of the combinatorial plan, as a share of the largest cost.
+ADDITIVE_ERROR = 0.01
