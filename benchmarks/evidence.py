@@ -4,8 +4,8 @@
 shards of its run, and the list of mismatched images that they were made by (`key,caption_key`). Windows of random pairs
 are coupled as in training; what is asked of them:
 
-- trust: AUROC of wrong against right pairs that are not in the window, by the plan's density, by the cosine, by a second
-  witness that never saw the training, and by the sum of density and witness. The witness is the correlation of
+- trust: AUROC of wrong against right pairs that are not in the window, by the plan's density, by the cosine, by a
+  second witness that never saw the training, and by the sum of density and witness. The witness is the correlation of
   `exp(k cos)` of the image with the window's images and of the caption with the window's captions, in the features of
   the frozen towers (after Gromov-Wasserstein: Peyré, Cuturi, Solomon, *Gromov-Wasserstein averaging of kernel and
   distance matrices*, ICML 2016).
