@@ -63,7 +63,8 @@ class OTCOLoss(ClipLoss):
             1. `share`: the own pair's shares of its row and column of the plan, as the method has it.
         least_share: in `[0, 1]`, the least effective share of the batch that confidence leaves to carry the loss; a
             step that would fall below takes a smaller power (`tempered`). 0 sets no limit. A young model's confidence
-            rests on a few pairs; without a limit the model learns those alone, and training can collapse.
+            rests on a few pairs; without a limit the model learns those alone, and training can collapse. With
+            `posterior`, a step whose estimated share of matched pairs is smaller weighs all pairs alike.
         negatives: what weighs negatives: `plan`, its density at them; `similarity`, their cosine alone, to compare
             with; `none`.
         negative_power: `β >= 0`, the power of that density; of the similarity, `β/ε` is the factor.
@@ -94,7 +95,7 @@ class OTCOLoss(ClipLoss):
         least_share: float = 0.25,
         own_pair: bool = True,
         trust: str = "posterior",
-        negatives: str = "none",
+        negatives: str = "plan",
         negative_power: float = 0.6,
         local_loss: bool = False,
         gather_with_grad: bool = False,
@@ -260,6 +261,8 @@ class OTCOLoss(ClipLoss):
         if self.trust == "posterior":
             self.matched_share = matched_share(log_trust)
             log_trust = log_posterior(log_trust, self.matched_share)
+            # So few matched pairs say that the plan is a young model's, and not that the captions are wrong.
+            log_trust = torch.where(self.matched_share < self.least_share, 0.0, log_trust)
         weights, self.effective_share = tempered(log_trust, self.confidence, self.least_share)
         if self.local_loss and self.world_size > 1:
             weights = weights.chunk(self.world_size)[self.rank]

@@ -55,7 +55,7 @@ OPTIONS = (
            share, "in [0, 1]"),
     Option("--otco-divergence-weight", 0.0, "Weight of the Sinkhorn divergence between images and texts, 0 = off.",
            weight, "0 or more"),
-    Option("--otco-negatives", "none",
+    Option("--otco-negatives", "plan",
            "What weighs negatives: the plan's density at them, their similarity alone (to compare with), or nothing.",
            choices=NEGATIVES),
     Option("--otco-negative-power", 0.6, "Power of that density (of the similarity: of exp(cosine / epsilon)).",

@@ -402,7 +402,7 @@ def test_a_run_in_which_no_plan_acted_says_so_at_its_end(caplog):
 
 def test_plans_that_have_no_weight_do_not_act():
     callback = make_callback(warmup=0)
-    callback.loss.confidence = 0.0
+    callback.loss.confidence = callback.loss.negative_power = 0.0
     callback.on_train_start(step=0, total_steps=10)
     train(callback, range(6))
     assert (callback.made, callback.acted) == (1, 0)

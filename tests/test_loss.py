@@ -64,7 +64,7 @@ def reference_weights(confidence: Tensor, gamma: float, least_share: float) -> T
 @pytest.mark.parametrize("cache_labels", [False, True])
 @pytest.mark.parametrize("with_plans", [False, True])
 def test_everything_off_is_clip_loss_to_the_bit(plan, cache_labels, with_plans):
-    loss = OTCOLoss(confidence=0, transport_weight=0, divergence_weight=0, cache_labels=cache_labels)
+    loss = OTCOLoss(confidence=0, negatives="none", cache_labels=cache_labels)
     if with_plans:
         loss.set_plans([plan], plan)
     images, texts = paired_features(32, seed=2)
@@ -98,7 +98,9 @@ def test_the_loss_is_its_formula(plan, gamma, least_share, transport, count):
     drawn = [plan, other][:count]
     images, texts = paired_features(32, seed=2)
     texts = torch.cat([texts[:20], texts[20:].roll(1, 0)])
-    loss = OTCOLoss(confidence=gamma, trust="share", transport_weight=transport, least_share=least_share)
+    loss = OTCOLoss(
+        confidence=gamma, trust="share", transport_weight=transport, least_share=least_share, negatives="none"
+    )
     loss.set_plans(drawn, newest=other)
     losses = loss(images, texts, SCALE, output_dict=True)
 
@@ -123,7 +125,7 @@ def test_the_loss_is_its_formula(plan, gamma, least_share, transport, count):
 
 def test_without_own_pairs_the_support_is_other_samples_alone(plan):
     images, texts = paired_features(32, seed=2)
-    loss = OTCOLoss(confidence=0, transport_weight=0.7, own_pair=False)
+    loss = OTCOLoss(confidence=0, negatives="none", transport_weight=0.7, own_pair=False)
     loss.set_plans([plan], plan)
     losses = loss(images, texts, SCALE, output_dict=True)
     ones = torch.ones(32)
@@ -192,6 +194,20 @@ def test_clean_pairs_of_a_sharp_plan_weigh_one():
     loss.set_plans([sharp], sharp)
     assert pair_weights(loss, images, texts) == pytest.approx(torch.ones(64), abs=0.05)
     assert float(loss.matched_share) > 0.95
+
+
+def test_a_plan_that_finds_next_to_no_matched_pairs_is_not_believed():
+    plan = PlanSolver(0.03).solve(*paired_features(256, seed=1))
+    images, texts = paired_features(64, seed=2)
+    texts = torch.cat([texts[:6], texts[6:].roll(7, 0)])  # six pairs of 64 are matched
+    loss = OTCOLoss(confidence=2.0, least_share=0.25)
+    loss.set_plans([plan], plan)
+    assert torch.equal(pair_weights(loss, images, texts), torch.ones(64))
+    assert float(loss.matched_share) < 0.25
+    assert float(loss.effective_share) == 1
+    loss.least_share = 0.05
+    weights = pair_weights(loss, images, texts)
+    assert weights[:6].mean() > 3 * weights[6:].mean()
 
 
 def test_an_unknown_trust_is_refused():
@@ -343,7 +359,8 @@ def _rank(rank: int, world: int, folder: Path) -> None:
         settings = {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "rank": rank, "world_size": world}
         losses = {"clip": ClipLoss(**settings), "without": OTCOLoss(confidence=1.0, **settings)}
         for trust in ("share", "posterior"):
-            losses[trust] = OTCOLoss(confidence=1.0, transport_weight=0.5, trust=trust, **settings)
+            more = {"transport_weight": 0.5, "trust": trust, "negatives": "none"}
+            losses[trust] = OTCOLoss(confidence=1.0, **more, **settings)
             losses[trust].set_plans([plan], plan)
             losses[trust].keeps_gathered = True
         for negatives in ("plan", "similarity"):
@@ -380,7 +397,7 @@ def test_ranks_without_plans_are_clip_loss_to_the_bit(ranks, local_loss, gather_
 @pytest.mark.parametrize("name", ["share", "posterior", "plan", "similarity"])
 def test_ranks_with_plans_equal_one(ranks, plan, local_loss, gather_with_grad, name):
     if name in TRUSTS:
-        loss = OTCOLoss(confidence=1.0, transport_weight=0.5, trust=name)
+        loss = OTCOLoss(confidence=1.0, transport_weight=0.5, trust=name, negatives="none")
     else:
         loss = OTCOLoss(confidence=1.0, negatives=name, negative_power=2.0)
     loss.set_plans([plan], plan)

@@ -29,7 +29,7 @@ def otco(lab: Lab, patched: Path) -> Run:
 @pytest.mark.training
 def test_with_everything_off_it_is_clip_to_the_bit(lab: Lab, patched: Path) -> None:
     data = ("--train-data", str(lab.folder / "large.csv"))
-    off = ("--loss", "otco", "--otco-confidence", "0", "--otco-transport-weight", "0", "--otco-window", "4")
+    off = ("--loss", "otco", "--otco-confidence", "0", "--otco-negatives", "none", "--otco-window", "4")
     runs = lab.start("clip", patched, OTCO, *data), lab.start("off", patched, OTCO, *off, *data)
     clip, ours = (run.wait() for run in runs)
     assert len(clip.steps) == 50
