@@ -35,12 +35,12 @@ class Asked(NamedTuple):
     """What the newest plan says of the global batch.
 
     Args:
-        log_trust: `(n,)`, of the pairs: the logarithm of their density, or of their confidence.
-        potentials: of their images and texts, `(n,)` each, as members of the support.
+        log_trust: `(n,)`, of the pairs: the logarithm of their density, or of their confidence. None: not asked.
+        potentials: of their images and texts, `(n,)` each, as members of the support. None: not asked.
     """
 
-    log_trust: Tensor
-    potentials: Potentials
+    log_trust: Tensor | None = None
+    potentials: Potentials | None = None
 
 
 class OTCOLoss(ClipLoss):
@@ -192,8 +192,7 @@ class OTCOLoss(ClipLoss):
         rows = local if self.local_loss else everyone
         asked = self._ask(local)
         weights = self._weights(asked)
-        negatives = asked.potentials if asked is not None and self._weighs_negatives else None
-        losses = {"contrastive_loss": self._info_nce(rows, everyone, logit_scale, logit_bias, weights, negatives)}
+        losses = {"contrastive_loss": self._info_nce(rows, everyone, logit_scale, logit_bias, weights, asked)}
         if self.transport_weight and self.drawn:
             total = torch.zeros((), device=image_features.device)
             for plan in self.drawn:
@@ -239,23 +238,26 @@ class OTCOLoss(ClipLoss):
             return sinkhorn_divergence(everyone.images.float(), everyone.texts.float(), self.epsilon)
 
     def _ask(self, local: Features) -> Asked | None:
-        """What the newest plan says of the global batch; `None` where nothing of it is used."""
+        """What the newest plan says of the global batch, as far as it is used; `None` without a plan."""
         plan = self.newest
-        if plan is None or not (self.confidence or self._weighs_negatives):
+        if plan is None:
             return None
+        wants_potentials = self._weighs_negatives and self.negatives == "plan"
+        if not (self.confidence or wants_potentials):
+            return Asked()
         # Each rank asks the plan about its own pairs: that, unlike a gather of numbers, would not get less with ranks.
         potentials = plan.potentials(*local)
         log_trust = plan.log_mass if self.trust == "posterior" else plan.log_confidence
         numbers = [log_trust(*local, potentials)]
-        if self._weighs_negatives:
+        if wants_potentials:
             numbers += map(plan.own, potentials)
-        trust, *potentials_of_all = self._gather_numbers(torch.stack(numbers))
-        return Asked(trust, Potentials(*potentials_of_all) if potentials_of_all else potentials)
+        trust, *of_all = self._gather_numbers(torch.stack(numbers))
+        return Asked(trust, Potentials(*of_all) if wants_potentials else None)
 
     def _weights(self, asked: Asked | None) -> Tensor | None:
         """`c_i` of the rows of the logits, `(rows,)`, mean 1 over the global batch; `None` where all are 1."""
         self.effective_share = self.matched_share = None
-        if not self.confidence or asked is None:
+        if not self.confidence or asked is None or asked.log_trust is None:
             return None
         log_trust = asked.log_trust
         if self.trust == "posterior":
@@ -283,13 +285,13 @@ class OTCOLoss(ClipLoss):
         logit_scale: Tensor,
         logit_bias: Tensor | None,
         weights: Tensor | None,
-        negatives: Potentials | None = None,
+        asked: Asked | None = None,
     ) -> Tensor:
         """Symmetric InfoNCE of `rows` against `everyone`; the operations and their order are `ClipLoss`'s own.
 
         Args:
             weights: of the rows, or `None` for ones.
-            negatives: potentials of everyone, by which negatives are weighted; `None` for equal weights.
+            asked: what the newest plan says of everyone, by which negatives are weighted; `None` for equal weights.
         """
         logits_per_image = logit_scale * rows.images @ everyone.texts.T
         if self.world_size > 1 and not self.local_loss:
@@ -297,13 +299,10 @@ class OTCOLoss(ClipLoss):
         else:
             logits_per_text = logit_scale * rows.texts @ everyone.images.T
         labels = self.get_ground_truth(logits_per_image.device, logits_per_image.shape[0])
-        if negatives is not None:
-            logits_per_image = logits_per_image + self._log_negative_weights(
-                logits_per_image, logit_scale, labels, negatives.g
-            )
-            logits_per_text = logits_per_text + self._log_negative_weights(
-                logits_per_text, logit_scale, labels, negatives.f
-            )
+        if asked is not None and self._weighs_negatives:
+            f, g = asked.potentials or (None, None)
+            logits_per_image = logits_per_image + self._log_weights(logits_per_image, logit_scale, labels, g)
+            logits_per_text = logits_per_text + self._log_weights(logits_per_text, logit_scale, labels, f)
         if logit_bias is not None:
             logits_per_image += logit_bias
             logits_per_text += logit_bias
@@ -313,11 +312,11 @@ class OTCOLoss(ClipLoss):
         per_pair = per_pair + F.cross_entropy(logits_per_text, labels, reduction="none")
         return (weights * per_pair).mean() / 2
 
-    def _log_negative_weights(self, logits: Tensor, scale: Tensor, own: Tensor, potential: Tensor) -> Tensor:
+    def _log_weights(self, logits: Tensor, scale: Tensor, own: Tensor, potential: Tensor | None) -> Tensor:
+        """`log w_ij` of the negatives in these logits, in which no bias is yet."""
         assert self.newest is not None
         similarity = logits.detach() / scale.detach()
-        power = self.negative_power / self.newest.epsilon
-        return log_negative_weights(similarity, own, power, potential if self.negatives == "plan" else None)
+        return log_negative_weights(similarity, own, self.negative_power / self.newest.epsilon, potential)
 
     def _transported(self, plan: TransportPlan, pairs: Features) -> Features:
         """`v'` and `t'` of the pairs. `v'` lives among texts and `t'` among images."""

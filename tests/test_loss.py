@@ -290,6 +290,19 @@ def test_log_weights_of_negatives(n, columns, power, shift, seed):
     assert torch.equal(weights.masked_fill(~others, -torch.inf).argmax(1), hardness.argmax(1)) or power < 1e-3
 
 
+def test_the_plan_is_asked_for_what_is_used_alone(plan, monkeypatch):
+    images, texts = paired_features(16, seed=2)
+    loss = OTCOLoss(confidence=0, negatives="similarity")
+    loss.set_plans([plan], plan)
+    expected = loss(images, texts, SCALE)
+    assert not torch.equal(expected, ClipLoss()(images, texts, SCALE))
+    monkeypatch.delattr(TransportPlan, "potentials")
+    assert torch.equal(loss(images, texts, SCALE), expected)
+    loss.negatives = "plan"
+    with pytest.raises(AttributeError, match="potentials"):
+        loss(images, texts, SCALE)
+
+
 def test_a_pair_alone_has_no_negatives_to_weigh(plan):
     images, texts = paired_features(1)
     loss = OTCOLoss(negatives="plan")

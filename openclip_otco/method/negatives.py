@@ -33,7 +33,8 @@ def log_negative_weights(similarity: Tensor, own: Tensor, power: float, potentia
         return similarity.new_zeros(rows, columns)
     with torch.no_grad():
         # Not in half precision, of which a power of 20 would magnify the rounding.
-        hardness = similarity.float() if potential is None else similarity.float() + potential
-        weights = (power * hardness).scatter(1, own[:, None], -torch.inf)
-        log_weights = weights.log_softmax(dim=1).add_(math.log(columns - 1))
+        weights = power * similarity.float()
+        if potential is not None:
+            weights += power * potential
+        log_weights = weights.scatter_(1, own[:, None], -torch.inf).log_softmax(dim=1).add_(math.log(columns - 1))
         return log_weights.scatter_(1, own[:, None], 0.0)
