@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from openclip_otco.version import __version__
 
-# Each module has add_arguments(parser) and run(args) -> exit code; only that of the chosen command is imported, because
-# patching has to work without torch.
+# Each module has add_arguments(parser) and run(args) -> exit code, but for that of `train`, whose arguments are
+# OpenCLIP's. Only that of the chosen command is imported, because patching has to work without torch.
 COMMANDS = {
     "train": ("openclip_otco.train.launch", "OpenCLIP's training script, after a look whether it has OTCO's losses"),
     "patch": ("openclip_otco.patching", "give OpenCLIP's training script its plugin point, or take it away again"),
@@ -26,11 +26,11 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command, by default the one on the command line, and returns its exit code (misuse exits with 2)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["train"]:  # whose arguments are OpenCLIP's, `--help` among them
+    chosen = next(iter(arguments), None)
+    if chosen == "train":  # `--help`, too, is for OpenCLIP
         from openclip_otco.train.launch import launch
 
         return launch(arguments[1:])
-    chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
     parser = argparse.ArgumentParser(prog="openclip-otco", description="Tools beside the OpenCLIP plugin OTCO.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

@@ -115,6 +115,14 @@ def test_a_plugin_that_openclip_would_not_load(
     assert found is None if message is None else found is not None and found.startswith(message)
 
 
+def test_options_of_the_command_itself_come_before(capsys: pytest.CaptureFixture) -> None:
+    for words, code in ((["--version", "train"], 0), (["--nonsense", "train"], 2)):
+        with pytest.raises(SystemExit) as done:
+            cli.main(words)
+        assert done.value.code == code
+    assert "--nonsense" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("result", "code"), [(None, 0), (-1, 1)])
 def test_the_script_gets_the_same_arguments_and_its_failure_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, result: int | None, code: int
