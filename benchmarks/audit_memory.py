@@ -84,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("json", type=Path, nargs="?")
     parser.add_argument("--emit", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--pairs", type=int, default=6500)
+    parser.add_argument("--pairs", type=int, default=6200)
     parser.add_argument("--window", type=int, default=4096)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=1)

@@ -10,8 +10,8 @@ are coupled as in training; what is asked of them:
   the frozen towers (after Gromov-Wasserstein: Peyré, Cuturi, Solomon, *Gromov-Wasserstein averaging of kernel and
   distance matrices*, ICML 2016).
 - false negatives: AUROC of the density at captions of the same picture, which count as negatives, against all others.
-- rematching: of the wrong pairs whose image has a caption of its own in the window, the share that the plan's row sends
-  there in the first place, and that two softmaxes without marginals would.
+- rematching: of the wrongly captioned images that have a caption of their own in the window, the share that the plan's
+  row sends there first, and that the product of two softmaxes without marginals would.
 """
 
 from __future__ import annotations

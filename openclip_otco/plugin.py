@@ -51,8 +51,9 @@ OPTIONS = (
     Option("--otco-trust", "posterior",
            "What confidence raises to its power: the probability that a pair is matched, or its share of the plan.",
            choices=TRUSTS),
-    Option("--otco-least-share", 0.25, "Least effective share of the batch that confidence leaves, 0 = no limit.",
-           share, "in [0, 1]"),
+    Option("--otco-least-share", 0.25,
+           "Least effective share of the batch that confidence leaves, 0 = no limit; a step in which the plan finds a "
+           "smaller share of matched pairs weighs all alike.", share, "in [0, 1]"),
     Option("--otco-divergence-weight", 0.0, "Weight of the Sinkhorn divergence between images and texts, 0 = off.",
            weight, "0 or more"),
     Option("--otco-negatives", "plan",
