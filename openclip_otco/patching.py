@@ -33,6 +33,9 @@ SUPERSEDED = frozenset(
         "50472947840625ffb633899d84647c6d9e9aed0a",  # main.py of 3.2.0, before `prepare_model`
         "a70a3a04faad0d31a6311c4015d510037a7a151e",  # main.py of 3.3.0, before `prepare_model`
         "83d1a89693281c1a84a3ee986adb95cbfa450bf1",  # plugins.py, before `prepare_model`
+        "71b88a058f2d6a7367a768e85f53cc2d8dd7eee8",  # main.py of 3.2.0, before `prepare_data`
+        "d78b017fea5a18650eae8764eca9a0e59bd0e7c3",  # main.py of 3.3.0, before `prepare_data`
+        "6ab02ec652df982dd87b8a228d86f576b2e21f65",  # plugins.py, before `prepare_data`
     }
 )
 

@@ -93,6 +93,18 @@ class FrozenFeaturesPlugin:
                 f"{missing[0]} tower of {args.model} is none of them. Drop the flag or choose another model"
             )
 
+    def prepare_data(self, args: argparse.Namespace, data: dict[str, Any], preprocess: Any, tokenizer: Any) -> None:
+        """Lets batches hold features where all that the locked towers see is known before."""
+        if not self._towers:
+            return
+        from openclip_otco.frozen.data import TableData
+
+        tables = TableData(args, self._towers, preprocess, tokenizer)
+        if (obstacle := tables.obstacle(data)) is None:
+            tables.replace(data)
+        elif args.rank == 0:
+            logging.info(f"Frozen features: images and captions are read from the shards, as {obstacle}")
+
     def create_callbacks(self, args: argparse.Namespace, loss: object) -> list[FrozenFeaturesCallback]:
         return [FrozenFeaturesCallback(self._towers, master=args.rank == 0)] if self._towers else []
 

@@ -49,14 +49,15 @@ class FrozenTower:
 
     @torch.compiler.disable
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Features `(B, d)` of inputs `(B, ...)`, without gradient."""
+        """Features `(B, d)` of inputs `(B, ...)`, without gradient. Inputs that are features already pass."""
+        if inputs.ndim == 2 and inputs.is_floating_point():
+            return inputs
         if self.folder is None:
-            with torch.no_grad():
-                return self._in_eval_mode(inputs)
+            return self.compute(inputs)
         if self.memory is None:
             # Not before the first call: `--resume` loads weights after the model is made.
             self.memory = FeatureMemory(self.folder / f"{self.kind}-{self.digest()}.safetensors")
-        return self.memory(inputs, self._in_eval_mode)
+        return self.memory(inputs, self.compute)
 
     def digest(self) -> str:
         """Sixteen hexadecimal digits that change with the weights, the architecture, precision and library versions."""
@@ -70,7 +71,9 @@ class FrozenTower:
                 content.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return content.hexdigest()[:16]
 
-    def _in_eval_mode(self, inputs: Tensor) -> Tensor:
+    @torch.no_grad()
+    def compute(self, inputs: Tensor) -> Tensor:
+        """Features `(B, d)` of inputs `(B, ...)`, by the tower in evaluation mode; the memory is not asked."""
         for part in self.parts:
             part.eval()
         return self._encode(inputs)

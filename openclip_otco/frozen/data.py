@@ -1,0 +1,216 @@
+"""Training and validation data of a run with locked towers: features from tables in place of images and captions."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from open_clip import get_input_dtype
+from open_clip_train.data import DataInfo, SharedEpoch, expand_urls, get_dataset_fn, get_wds_dataset
+from open_clip_train.precision import get_autocast
+from PIL import Image
+from torch import Tensor
+
+from openclip_otco.evaluate.samples import is_local
+from openclip_otco.frozen.fill import Input, fill, lacking, share
+from openclip_otco.frozen.fingerprint import fingerprint, sample_captions, sample_images
+from openclip_otco.frozen.loader import BatchesInOrder, PairTable, SeededBatches, loader
+from openclip_otco.frozen.shard_pairs import shard_pairs
+from openclip_otco.frozen.table import FeatureTable
+from openclip_otco.frozen.towers import FrozenTower
+
+_SPLITS = ("train", "val")
+# Images and captions that a tower encodes at a time.
+_IMAGES, _CAPTIONS = 64, 256
+# Ranks wait for each other's encoding, and not all have as much to do.
+_LONGEST_PASS = timedelta(days=7)
+
+
+class TableData:
+    """Replaces OpenCLIP's datasets by ones that read features.
+
+    With a locked image tower, a batch holds its features in place of images. With a locked text tower it holds that
+    tower's features, else the captions' tokens. `FrozenTower` takes either.
+
+    Args:
+        args: OpenCLIP's.
+        towers: what `freeze_towers` found.
+        preprocess: the image transforms of training and of validation.
+        tokenizer: from a list of texts to tokens `(n, L)`.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        towers: Sequence[FrozenTower],
+        preprocess: tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]],
+        tokenizer: Callable[[list[str]], Tensor],
+    ) -> None:
+        self.args, self.folder = args, Path(args.frozen_features)
+        self.towers = {tower.kind: tower for tower in towers}
+        self.preprocess = dict(zip(_SPLITS, preprocess, strict=True))
+        self.tokenizer = tokenizer
+        self.fingerprints: dict[str, str | None] = {}
+        self._group: Any = None
+
+    def obstacle(self, data: Mapping[str, DataInfo]) -> str | None:
+        """Why batches must be images and captions as they are in the shards; None if features will do."""
+        args = self.args
+        if "image" not in self.towers:
+            return "the image tower is not locked"
+        if args.loss == "simclr":
+            return "--loss simclr makes views of images"
+        if args.horovod:
+            return "--horovod"
+        if args.dataset_resampled:
+            return "--dataset-resampled draws shards"
+        for split in self._splits(data):
+            given = getattr(args, f"{split}_data")
+            if get_dataset_fn(given, args.dataset_type) is not get_wds_dataset:
+                return f"--{split}-data is no WebDataset"
+            if strange := [url for url in expand_urls(given)[0] if not is_local(url)]:
+                return f"{strange[0]} is not local"
+            if self._image_fingerprint(split) is None:
+                return 'augmentation is random; for whole images, train with --aug-cfg "scale=(1.0, 1.0)"'
+        return None
+
+    def replace(self, data: dict[str, DataInfo]) -> None:
+        """Encodes what is new, each rank its share, and puts loaders of features into `data`.
+
+        Raises:
+            RuntimeError: a shard is missing or empty, the folder cannot be written, or ranks do not share it.
+        """
+        splits = self._splits(data)
+        self._group = dist.new_group(backend="gloo", timeout=_LONGEST_PASS) if self.args.distributed else None
+        try:
+            for split in splits:
+                data[split] = self._replaced(split, data[split])
+        finally:
+            if self._group is not None:
+                dist.destroy_process_group(self._group)
+
+    def _replaced(self, split: str, old: DataInfo) -> DataInfo:
+        args, flag = self.args, f"--{split}-data"
+        shards = [Path(url) for url in expand_urls(getattr(args, f"{split}_data"))[0]]
+        try:
+            # One rank reads the shards first; the others find what it kept.
+            if args.rank == 0:
+                pairs = [shard_pairs(shard, self.folder / "shards") for shard in shards]
+            self._sum(0)
+            if args.rank != 0:
+                pairs = [shard_pairs(shard, self.folder / "shards") for shard in shards]
+            tables = {source.kind: self._table(split, source) for source in (self._image(split), self._text())}
+            for source in (self._image(split), self._text()):
+                self._fill(tables[source.kind], shards, pairs, source)
+        except OSError as error:
+            raise RuntimeError(
+                f"--frozen-features {self.folder}, {flag}: {error.filename or ''}: {error.strerror or error}"
+            ) from error
+        rows = {kind: table.find(torch.cat([getattr(each, kind) for each in pairs])) for kind, table in tables.items()}
+        usable = (rows["image"] >= 0) & (rows["text"] >= 0)
+        if not usable.any():
+            raise RuntimeError(f"{flag}: none of its {len(usable)} pairs can be read")
+        table = PairTable(tables["image"], tables["text"], rows["image"][usable], rows["text"][usable])
+        if args.rank == 0:
+            logging.info(f"Frozen features: {split} has {len(table):,} pairs of {len(shards):,} shards, all encoded")
+            if left_out := len(usable) - len(table):
+                logging.warning(f"Frozen features: {left_out:,} pairs of {flag} cannot be decoded and are left out")
+        return self._data_info(split, table, old)
+
+    def _data_info(self, split: str, table: PairTable, old: DataInfo) -> DataInfo:
+        args = self.args
+        epoch = SharedEpoch(old.shared_epoch.get_value())
+        batches: SeededBatches | BatchesInOrder
+        if split == "train":
+            batches = SeededBatches(
+                len(table),
+                args.batch_size,
+                old.dataloader.num_batches,
+                args.seed,
+                epoch.get_value,
+                args.rank,
+                args.world_size,
+            )
+        else:
+            batches = BatchesInOrder(len(table), args.batch_size)
+        dataloader: Any = loader(table, batches, args.workers, pin_memory=torch.device(args.device).type == "cuda")
+        dataloader.num_batches, dataloader.num_samples = old.dataloader.num_batches, old.dataloader.num_samples
+        return DataInfo(dataloader=dataloader, shared_epoch=epoch)
+
+    def _fill(self, table: FeatureTable, shards: Sequence[Path], pairs: Sequence[Any], source: Input) -> None:
+        args = self.args
+        keys = lacking(table, pairs, source.kind)
+        # Nobody begins to add rows before everybody has seen what is lacking.
+        self._sum(0)
+        failed = self._sum(
+            fill(table, shards, share(keys, args.rank, args.world_size), source, args.workers, tell=args.rank == 0)
+        )
+        table.reload()
+        if sum(int((table.find(each) < 0).sum()) for each in keys) > failed:
+            raise RuntimeError(
+                f"--frozen-features {self.folder}: rank {args.rank} does not see what other ranks wrote; name a folder "
+                "that all ranks share"
+            )
+
+    def _sum(self, number: int) -> int:
+        """The sum over all ranks, once each has come here."""
+        if self._group is None:
+            return number
+        total = torch.tensor(number)
+        dist.all_reduce(total, group=self._group)
+        return int(total)
+
+    def _table(self, split: str, source: Input) -> FeatureTable:
+        tower = self.towers.get(source.kind)
+        prepared = self._image_fingerprint(split) if source.kind == "image" else self._fingerprint("text", self._text())
+        content = hashlib.sha256(f"{tower.digest() if tower else 'tokens'} {prepared}".encode())
+        return FeatureTable(self.folder / f"{source.kind}-{content.hexdigest()[:16]}")
+
+    def _image(self, split: str) -> Input:
+        transform = self.preprocess[split]
+
+        def prepare(content: bytes) -> Tensor:
+            with Image.open(io.BytesIO(content)) as image:
+                return transform(image.convert("RGB"))
+
+        return Input("image", prepare, self._encoder("image"), _IMAGES)
+
+    def _text(self) -> Input:
+        def prepare(content: bytes) -> Tensor:
+            return self.tokenizer([content.decode()])[0]
+
+        return Input("text", prepare, self._encoder("text"), _CAPTIONS)
+
+    def _encoder(self, kind: str) -> Callable[[Tensor], Tensor]:
+        args, tower = self.args, self.towers.get(kind)
+        if tower is None:
+            return Tensor.int
+        device = torch.device(args.device)
+        autocast, dtype = get_autocast(args.precision, device_type=device.type), get_input_dtype(args.precision)
+
+        def encode(inputs: Tensor) -> Tensor:
+            inputs = inputs.to(device, dtype=dtype if kind == "image" else None)
+            with torch.no_grad(), autocast():
+                return tower.compute(inputs)
+
+        return encode
+
+    def _image_fingerprint(self, split: str) -> str | None:
+        return self._fingerprint(split, self._image(split))
+
+    def _fingerprint(self, name: str, source: Input) -> str | None:
+        if name not in self.fingerprints:
+            samples = sample_images() if source.kind == "image" else sample_captions()
+            self.fingerprints[name] = fingerprint(source.prepare, samples)
+        return self.fingerprints[name]
+
+    def _splits(self, data: Mapping[str, DataInfo]) -> list[str]:
+        return [split for split in _SPLITS if split in data]

@@ -1,0 +1,136 @@
+"""The pass that gives a feature table the rows that it lacks."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from openclip_otco.frozen.shard_pairs import ShardPairs, content_key, samples
+from openclip_otco.frozen.table import FeatureTable
+
+# Rows of a part: what a pass that is stopped has to do again.
+_PART_ROWS = 4096
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass(frozen=True)
+class Input:
+    """How a row is made of a file's bytes.
+
+    Attributes:
+        kind: `image` or `text`.
+        prepare: from bytes to a tensor, in a loader's process; what it raises leaves the pair out.
+        encode: from tensors `(b, ...)` to rows `(b, d)`, on this process's device.
+        batch: `b`, at most.
+    """
+
+    kind: Literal["image", "text"]
+    prepare: Callable[[bytes], Tensor]
+    encode: Callable[[Tensor], Tensor]
+    batch: int
+
+
+def lacking(table: FeatureTable, pairs: Sequence[ShardPairs], kind: str) -> list[Tensor]:
+    """For each shard the keys `(n,)` that the table lacks and no earlier shard holds."""
+    keys = torch.cat([getattr(each, kind) for each in pairs])
+    shard = torch.repeat_interleave(torch.tensor([len(each.image) for each in pairs]))
+    # A stable sort: the first of equal keys is the one of the earliest shard.
+    ordered, order = keys.sort(stable=True)
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    new = order[first & (table.find(ordered) < 0)].sort().values
+    return [keys[new[shard[new] == number]] for number in range(len(pairs))]
+
+
+def share(keys: Sequence[Tensor], rank: int, world_size: int) -> list[Tensor]:
+    """A rank's share of the keys of all shards: about as many as any other's, in a row, so that it reads few shards."""
+    total = sum(map(len, keys))
+    start, stop = total * rank // world_size, total * (rank + 1) // world_size
+    mine, seen = [], 0
+    for each in keys:
+        mine.append(each[max(0, start - seen) : max(0, stop - seen)])
+        seen += len(each)
+    return mine
+
+
+def fill(
+    table: FeatureTable, shards: Sequence[Path], keys: Sequence[Tensor], source: Input, workers: int, tell: bool = True
+) -> int:
+    """Encodes what `keys` name and adds it to the table, a part at a time.
+
+    Args:
+        shards: tar files.
+        keys: of the images or captions that are to be encoded, for each shard.
+        workers: processes that decode, 0 for none.
+        tell: whether to log how far it is.
+
+    Returns:
+        How many could not be decoded; each has a warning in the log.
+    """
+    wanted = [(shard, set(each.tolist())) for shard, each in zip(shards, keys, strict=True) if len(each)]
+    total = sum(len(each) for _, each in wanted)
+    if not total:
+        return 0
+    inputs = DataLoader(_Inputs(wanted, source), batch_size=None, num_workers=min(workers, len(wanted)))
+    done, told, started = 0, time.monotonic(), time.monotonic()
+    waiting: list[tuple[Tensor, Tensor]] = []
+
+    def write() -> None:
+        if waiting:
+            table.add(*(torch.cat(tensors) for tensors in zip(*waiting, strict=True)))
+            waiting.clear()
+
+    try:
+        for batch_keys, batch in inputs:
+            waiting.append((batch_keys, source.encode(batch).cpu()))
+            done += len(batch_keys)
+            if sum(len(each) for each, _ in waiting) >= _PART_ROWS:
+                write()
+            if tell and time.monotonic() - told > _SECONDS_BETWEEN_LINES:
+                told = time.monotonic()
+                speed = done / (told - started)
+                logging.info(f"Frozen features: {done:,} of {total:,} {source.kind}s encoded ({speed:,.0f}/s)")
+    finally:
+        # Also on the way out of an error or an interruption: what is encoded is kept.
+        write()
+    return total - done
+
+
+class _Inputs(IterableDataset[tuple[Tensor, Tensor]]):
+    """Batches of keys `(b,)` and prepared inputs `(b, ...)`; a shard is read by one worker."""
+
+    def __init__(self, wanted: Sequence[tuple[Path, set[int]]], source: Input) -> None:
+        self.wanted, self.source = wanted, source
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        worker = get_worker_info()
+        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        batch: dict[int, Tensor] = {}
+        for shard, keys in self.wanted[number::count]:
+            left = set(keys)
+            for image, text in samples(shard):
+                content = image if self.source.kind == "image" else text
+                if (key := content_key(content)) not in left:
+                    continue
+                left.discard(key)
+                try:
+                    batch[key] = self.source.prepare(content)
+                except Exception as error:  # of decoders, which have no common base
+                    logging.warning(f"Frozen features: an {self.source.kind} of {shard} cannot be decoded ({error!r})")
+                if len(batch) == self.source.batch:
+                    yield _stacked(batch)
+                    batch = {}
+        if batch:
+            yield _stacked(batch)
+
+
+def _stacked(batch: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.tensor(list(batch), dtype=torch.int64), torch.stack(list(batch.values()))

@@ -1,0 +1,73 @@
+"""Fingerprints of functions: what an image transform or a tokenizer does to a few samples tells it from others."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+# A random transform that leaves all of them alike by chance is one in millions.
+_TIMES = 8
+_SIZES = ((96, 160), (301, 200), (64, 64), (500, 640))
+_CAPTIONS = (
+    "A brown dog, and a black one, run through the snow; nobody follows them!",
+    "Two GIRLS in red-white costumes (1920s) sing \"Ça ira\" at the café – 100 % naïve…",
+    "un hombre camina por la playa 犬が走る 🐕 #dog @home http://example.com/a_b?c=d",
+    "!\"#$%&'()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[\\]^_`abcdefghijklmnopqrstuvwxyz{|}~",
+    "photograph of architecture surrounded by unbelievably heterogeneous landscapes " * 20,
+    "",
+)  # fmt: skip
+
+
+def sample_images() -> list[bytes]:
+    """Pictures of noise, of several shapes and sizes, as PNG files."""
+    generator, files = np.random.default_rng(0), []
+    for height, width in _SIZES:
+        # Coarse and fine structure, so that every way of resizing leaves another trace.
+        coarse = generator.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3)).repeat(8, axis=0).repeat(8, axis=1)
+        fine = generator.integers(-20, 21, (height, width, 3))
+        pixels = (coarse[:height, :width] + fine).clip(0, 255).astype(np.uint8)
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, "PNG")
+        files.append(stream.getvalue())
+    return files
+
+
+def sample_captions() -> list[bytes]:
+    """Captions with all of ASCII, other scripts, a long one and an empty one, as UTF-8."""
+    return [caption.encode() for caption in _CAPTIONS]
+
+
+def fingerprint(function: Callable[[bytes], Tensor], samples: Sequence[bytes]) -> str | None:
+    """Sixteen hexadecimal digits of what `function` gives for the samples; None if it draws random numbers.
+
+    The random generators of Python, NumPy and torch are left as they were.
+    """
+    digests = set()
+    with _random_state_kept():
+        for _ in range(_TIMES):
+            content = hashlib.sha256()
+            for sample in samples:
+                out = function(sample).contiguous()
+                content.update(f"{tuple(out.shape)} {out.dtype}\n".encode())
+                content.update(out.flatten().view(torch.uint8).numpy().tobytes())
+            digests.add(content.hexdigest()[:16])
+    return digests.pop() if len(digests) == 1 else None
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

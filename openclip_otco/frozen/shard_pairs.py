@@ -1,0 +1,71 @@
+"""What a shard holds: a key for the image and for the caption of each of its pairs, made from their bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import webdataset as wds
+from open_clip_train.data import filter_no_caption_or_no_image, tarfile_to_samples_nothrow
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+# OpenCLIP's, in its order of preference.
+_IMAGE_TYPES = ("jpg", "png", "jpeg", "webp")
+
+
+@dataclass(frozen=True)
+class ShardPairs:
+    """The pairs of a shard, in its order: keys `(n,)` int64 of their images and of their captions."""
+
+    image: Tensor
+    text: Tensor
+
+
+def content_key(content: bytes) -> int:
+    """64 bits of the BLAKE2 hash of a file's bytes, as a signed integer."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+
+
+def samples(shard: Path) -> Iterator[tuple[bytes, bytes]]:
+    """The image and the caption of each pair, as bytes, in the pairs' order; OpenCLIP's own reading of a shard."""
+    pipeline = wds.DataPipeline(
+        wds.SimpleShardList([str(shard)]), tarfile_to_samples_nothrow, wds.select(filter_no_caption_or_no_image)
+    )
+    for sample in pipeline:
+        yield next(sample[kind] for kind in _IMAGE_TYPES if kind in sample), sample["txt"]
+
+
+def shard_pairs(shard: Path, folder: Path) -> ShardPairs:
+    """The pairs of `shard`, kept in `folder` until the shard's size or time changes.
+
+    Raises:
+        OSError: the shard cannot be read.
+    """
+    about = shard.stat()
+    identity = json.dumps([str(shard.resolve()), about.st_size, about.st_mtime_ns])
+    kept = folder / f"{hashlib.sha256(str(shard.resolve()).encode()).hexdigest()[:16]}.safetensors"
+    if kept.is_file():
+        try:
+            with safe_open(str(kept), framework="pt") as file:
+                if (file.metadata() or {}).get("shard") == identity:
+                    return ShardPairs(file.get_tensor("image"), file.get_tensor("text"))
+        except (SafetensorError, OSError) as error:
+            logging.warning(f"Frozen features: {kept} is not usable and will be made anew. {error}")
+    keys = [(content_key(image), content_key(text)) for image, text in samples(shard)]
+    image, text = torch.tensor(keys, dtype=torch.int64).view(-1, 2).unbind(1)
+    pairs = ShardPairs(image.contiguous(), text.contiguous())
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as temporary:
+        partial = Path(temporary, kept.name)
+        save_file({"image": pairs.image, "text": pairs.text}, str(partial), metadata={"shard": identity})
+        os.replace(partial, kept)
+    return pairs

@@ -1,0 +1,102 @@
+"""A table of rows by key, in files that are mapped into memory and grow by whole parts."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+_PART = "part-*.safetensors"
+
+
+class FeatureTable:
+    """Rows of `d` numbers, each under a key of 64 bits.
+
+    A part is a file with some keys and their rows, written once and never changed. Processes may add parts at the same
+    time, and see those of others after `reload`. Rows stay on the disk until they are taken, so that a table may be
+    larger than memory.
+
+    Args:
+        folder: of the parts; made by `add`. A part that cannot be read is passed over, with a warning.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._parts: dict[str, Tensor] = {}
+        self._starts = torch.zeros(1, dtype=torch.int64)
+        self._keys = self._rows = torch.zeros(0, dtype=torch.int64)
+        self._broken: set[str] = set()
+        self.reload()
+
+    def __len__(self) -> int:
+        """Number of rows; a key that two processes added at once counts twice."""
+        return int(self._starts[-1])
+
+    def reload(self) -> None:
+        """Takes up the parts that have come to the folder since the last time."""
+        known = {*self._parts, *self._broken}
+        new = {path.name: path for path in sorted(self.folder.glob(_PART)) if path.name not in known}
+        keys = []
+        for name, path in new.items():
+            try:
+                with safe_open(str(path), framework="pt") as file:
+                    part_keys, features = file.get_tensor("keys"), file.get_tensor("features")
+                if len(part_keys) != len(features):
+                    raise ValueError(f"{len(part_keys)} keys, {len(features)} rows")
+            except (SafetensorError, OSError, ValueError) as error:
+                logging.warning(f"Frozen features: {path} is not usable and its rows will be made anew. {error}")
+                self._broken.add(name)
+                continue
+            self._parts[name] = features
+            keys.append(part_keys)
+        if keys:
+            first = len(self)
+            sizes = torch.tensor([0, *(len(features) for features in self._parts.values())])
+            self._starts = sizes.cumsum(0)
+            added = torch.cat(keys)
+            self._keys, order = torch.cat([self._keys, added]).sort(stable=True)
+            self._rows = torch.cat([self._rows, torch.arange(first, first + len(added))])[order]
+
+    def find(self, keys: Tensor) -> Tensor:
+        """The rows `(n,)` int64 of `keys`, `(n,)` int64; -1 where there is none."""
+        if not len(self._keys):
+            return torch.full_like(keys, -1)
+        places = torch.searchsorted(self._keys, keys).clamp_(max=len(self._keys) - 1)
+        return torch.where(self._keys[places] == keys, self._rows[places], -1)
+
+    def take(self, rows: Tensor) -> Tensor:
+        """The numbers `(n, d)` of `rows`, `(n,)` int64 as `find` gives them."""
+        parts = list(self._parts.values())
+        of_part = torch.searchsorted(self._starts, rows, right=True) - 1
+        taken = parts[0].new_empty(len(rows), *parts[0].shape[1:])
+        for part in of_part.unique().tolist():
+            here = (of_part == part).nonzero().flatten()
+            taken[here] = parts[part][rows[here] - self._starts[part]]
+        return taken
+
+    def add(self, keys: Tensor, features: Tensor) -> None:
+        """Writes a part, whole or not at all, and takes it up.
+
+        Args:
+            keys: `(n,)` int64.
+            features: `(n, d)`.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # The same part from two processes has the same name.
+        name = f"part-{hashlib.sha256(keys.numpy().tobytes()).hexdigest()[:16]}.safetensors"
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=self.folder) as temporary:
+            partial = Path(temporary, name)
+            save_file({"keys": keys.contiguous(), "features": features.contiguous()}, str(partial))
+            os.replace(partial, self.folder / name)
+        self._broken.discard(name)
+        self.reload()
