@@ -20,6 +20,7 @@ COMMANDS = {
     ),
     "audit": ("openclip_otco.audit.command", "find the captions of a data set that do not belong to their images"),
     "compare": ("openclip_otco.study.compare", "train the same model with several losses and compare them"),
+    "results": ("openclip_otco.study.page", "write a page of results from a template and the runs that studies kept"),
 }
 
 

@@ -47,35 +47,47 @@ def final_rsum(result: Result, whole: bool) -> float:
 def markdown(study: Study, results: Sequence[Result], command: str) -> str:
     """The page: note, how it was made, both tables, and the runs that are missing."""
     missing = len(study.data) * len(study.losses) * len(study.seeds) - len(results)
-    clean = _clean(study)
-    whole = standard(results)
-    share = [] if clean is None else [f"% of {study.losses[0].name} on {clean.name}"]
-    sums = [_WHOLE, *share, "rsum, last epoch"] if whole else ["rsum, last epoch", *share]
     blocks = [
         f"# Study {study.name}",
         study.note.strip(),
         f"Made by `{command}` with {_versions(results)}.",
         f"**{missing} of the study's runs are missing: failed, or not run yet.**" if missing else "",
-        _explanation(study, results, whole),
-        _table(
-            ["data", "loss", "seeds", *_RECALL_HEADS, *sums, "rsum, best epoch", "s/step"],
-            [
-                _row(data.name, loss.name, runs, whole, _share(study, results, clean, runs, whole))
-                for data, loss, runs in _cells(study, results)
-                if runs
-            ],
-        ),
+        _explanation(study, results, standard(results)),
+        recall_table(study, results),
+        against_baseline(study, results),
     ]
-    if against := _against_baseline(study, results, whole):
-        columns = ["ratio, last", "difference, last", "difference, best against best"]
-        if whole:
-            columns = ["ratio, all captions", "difference, all captions", *columns]
-        blocks += [
-            f"Against `{study.losses[0].name}`: ratio of the mean rsum, and differences of rsum, paired by seed"
-            f"{'' if len(study.seeds) == 1 else '; bold where the 95 % interval excludes 0'}.",
-            _table(["data", "loss", *columns], against),
-        ]
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def recall_table(study: Study, results: Sequence[Result], speed: bool = True) -> str:
+    """A row for each loss in each setting: recalls and their sums; with `speed`, seconds per step as well."""
+    clean = _clean(study)
+    whole = standard(results)
+    share = [] if clean is None else [f"% of {study.losses[0].name} on {clean.name}"]
+    sums = [_WHOLE, *share, "rsum, last epoch"] if whole else ["rsum, last epoch", *share]
+    heads = ["data", "loss", "seeds", *_RECALL_HEADS, *sums, "rsum, best epoch", "s/step"]
+    rows = [
+        _row(data.name, loss.name, runs, whole, _share(study, results, clean, runs, whole))
+        for data, loss, runs in _cells(study, results)
+        if runs
+    ]
+    return _table(heads, rows) if speed else _table(heads[:-1], [row[:-1] for row in rows])
+
+
+def against_baseline(study: Study, results: Sequence[Result]) -> str:
+    """Each loss against the study's first, with a line that says how; empty where there is nothing to compare."""
+    whole = standard(results)
+    rows = _against_baseline(study, results, whole)
+    if not rows:
+        return ""
+    columns = ["ratio, last", "difference, last", "difference, best against best"]
+    if whole:
+        columns = ["ratio, all captions", "difference, all captions", *columns]
+    return (
+        f"Against `{study.losses[0].name}`: ratio of the mean rsum, and differences of rsum, paired by seed"
+        f"{'' if len(study.seeds) == 1 else '; bold where the 95 % interval excludes 0'}.\n\n"
+        + _table(["data", "loss", *columns], rows)
+    )
 
 
 def _explanation(study: Study, results: Sequence[Result], whole: bool) -> str:

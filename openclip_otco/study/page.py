@@ -1,0 +1,205 @@
+"""`openclip-otco results`: a page of results whose tables, figures and numbers come from kept runs.
+
+The page is a Jinja template. It names studies, and what it says of them is computed from their results each time, so
+that the text and the runs cannot part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openclip_otco.study import results, table
+from openclip_otco.study.results import Result, standard
+from openclip_otco.study.study import Study, StudyError, load
+
+TEMPLATE = "page.md.jinja"
+_NOTE = "<!-- Made by `openclip-otco results` from {template}: edit that, and run it again. -->\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `results` to `parser`."""
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help=f"holds {TEMPLATE}, and STUDY.jsonl for each study that it names"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: DIR.md)")
+    parser.add_argument("--figures", action="store_true", help="draw the pictures anew as well")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`openclip-otco results`: writes the page; 2 where it cannot be made."""
+    try:
+        out = args.out or args.folder.with_suffix(".md")
+        results.write_text(out, page(args.folder, args.figures))
+    except (StudyError, OSError) as error:
+        print(f"openclip-otco results: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def page(folder: Path, figures: bool = False) -> str:
+    """The page that `folder` holds the template and the results for.
+
+    Args:
+        figures: also draw the pictures that it shows, into the folder.
+
+    Raises:
+        StudyError: no template, a mistake in it, or a study or run that is not there.
+    """
+    import jinja2
+
+    path = folder / TEMPLATE
+    if not path.is_file():
+        raise StudyError(f"{path} is missing; a page of results is a Jinja template")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    known: dict[str, StudyResults] = {}
+
+    def study(name: str) -> StudyResults:
+        if name not in known:
+            known[name] = StudyResults.read(folder, name, figures)
+        return known[name]
+
+    try:
+        text = environment.from_string(path.read_text(encoding="utf-8")).render(study=study)
+    except jinja2.TemplateError as error:
+        line = getattr(error, "lineno", None)
+        raise StudyError(f"{path}{f', line {line}' if line else ''}: {error}") from error
+    return _NOTE.format(template=f"{folder.name}/{TEMPLATE}") + text
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean over seeds and the half-width of its 95 % Student-t interval, None for one seed."""
+
+    mean: float
+    half: float | None
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        return cls(*table.interval(values))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f}" if self.half is None else f"{self.mean:.1f} ± {self.half:.1f}"
+
+    @property
+    def signed(self) -> str:
+        """With a sign, as differences have."""
+        return f"{'+' if self.mean >= 0 else ''}{self}"
+
+    @property
+    def above_0(self) -> bool:
+        """Whether the whole interval is above 0."""
+        return self.half is not None and self.mean > self.half
+
+    @property
+    def low(self) -> float:
+        """The interval's lower end."""
+        return self.mean - (self.half or 0)
+
+    @property
+    def high(self) -> float:
+        """The interval's upper end."""
+        return self.mean + (self.half or 0)
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """What a template asks of a study. An rsum is that of all captions where all runs have it, else of the last epoch.
+
+    `data` and `loss` are the study's names; the baseline is its first loss, clean data its setting without mismatch.
+    """
+
+    study: Study
+    kept: list[Result]
+    folder: Path
+    figures: bool = False
+
+    @classmethod
+    def read(cls, folder: Path, name: str, figures: bool = False) -> StudyResults:
+        """The study of that name, and its runs in `folder/NAME.jsonl`."""
+        return cls(load(name), results.read(folder / f"{name}.jsonl"), folder, figures)
+
+    @property
+    def missing(self) -> int:
+        """Runs of the study that are not there."""
+        return len(self.study.data) * len(self.study.losses) * len(self.study.seeds) - len(self.kept)
+
+    def table(self) -> str:
+        """Recalls and their sums."""
+        return table.recall_table(self.study, self.kept, speed=False)
+
+    def against(self) -> str:
+        """Each loss against the baseline."""
+        return table.against_baseline(self.study, self.kept)
+
+    def rsum(self, data: str, loss: str) -> Spread:
+        """After the last epoch."""
+        return Spread.of([self._rsum(run) for run in self._runs(data, loss)])
+
+    def best(self, data: str, loss: str) -> Spread:
+        """The rsum of the best epoch, by OpenCLIP's validation."""
+        return Spread.of([run.rsum_best for run in self._runs(data, loss)])
+
+    def seeds(self, data: str, loss: str) -> int:
+        """How many runs there are."""
+        return len(self._runs(data, loss))
+
+    def ratio(self, data: str, loss: str) -> float:
+        """Mean rsum by the baseline's on the same data, over the seeds that both have."""
+        pairs = self._pairs(data, loss, self._rsum)
+        return sum(own for own, _ in pairs) / sum(base for _, base in pairs)
+
+    def difference(self, data: str, loss: str, base: str | None = None) -> Spread:
+        """Of rsum to the baseline, or to the loss `base`, paired by seed."""
+        return Spread.of([own - base for own, base in self._pairs(data, loss, self._rsum, base)])
+
+    def best_difference(self, data: str, loss: str) -> Spread:
+        """Of the best epoch's rsum to that of the baseline's best epoch, paired by seed."""
+        return Spread.of([own - base for own, base in self._pairs(data, loss, lambda run: run.rsum_best)])
+
+    def of_clean(self, data: str, loss: str) -> float:
+        """Mean rsum in percent of the baseline's on clean data."""
+        clean = self.rsum(self.study.data[0].name, self.study.losses[0].name)
+        return 100 * self.rsum(data, loss).mean / clean.mean
+
+    def seconds(self, data: str, loss: str) -> float:
+        """Of a whole run, start and validation included: the median."""
+        return statistics.median(run.seconds for run in self._runs(data, loss))
+
+    def figure(self, kind: str) -> str:
+        """The path, from the page, of the picture `rsum`, `recalls`, `noise` or `cost`."""
+        path = self.folder / f"{self.study.name}-{kind}.png"
+        if self.figures:
+            from openclip_otco.study.figure import draw
+
+            for drawn in draw(self.study, self.kept, self.folder):
+                if drawn.name == f"{kind}.png":
+                    drawn.replace(path)
+                else:
+                    drawn.unlink()
+        if not path.is_file():
+            raise StudyError(f"{path} is missing; give --figures, or show another picture")
+        return f"{self.folder.name}/{path.name}"
+
+    def _rsum(self, run: Result) -> float:
+        return table.final_rsum(run, standard(self.kept)) if standard(self.kept) else run.rsum_last
+
+    def _runs(self, data: str, loss: str) -> list[Result]:
+        found = table.cell(self.kept, data, loss)
+        if not found:
+            raise StudyError(f"{self.folder / self.study.name}.jsonl has no run of {loss} on {data}")
+        return found
+
+    def _pairs(
+        self, data: str, loss: str, of: Callable[[Result], float], base: str | None = None
+    ) -> list[tuple[float, float]]:
+        bases: dict[int, Any] = {run.seed: run for run in self._runs(data, base or self.study.losses[0].name)}
+        pairs = [(of(run), of(bases[run.seed])) for run in self._runs(data, loss) if run.seed in bases]
+        if not pairs:
+            raise StudyError(f"{self.folder / self.study.name}.jsonl: no seed of {loss} on {data} has its baseline")
+        return pairs

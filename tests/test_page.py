@@ -1,0 +1,160 @@
+"""`openclip-otco results`: a page says what the runs say, and cannot be made of runs that are not there."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from openclip_otco import cli
+from openclip_otco.study import results
+from openclip_otco.study.log import RECALLS
+from openclip_otco.study.page import TEMPLATE, Spread, StudyResults
+from openclip_otco.study.results import Result
+
+STUDY = "flickr8k-frozen"
+ROOT = Path(__file__).parents[1]
+
+
+def result(data: str, loss: str, seed: int, recall: float, all_captions: bool = True) -> Result:
+    recalls = {name: recall + 0.01 * index for index, name in enumerate(RECALLS)}
+    trained: Any = {"epoch": 4, **{name: value - 0.05 for name, value in recalls.items()}}
+    last = 100 * sum(value for name, value in trained.items() if name != "epoch")
+    return Result(
+        run=f"{data}--{loss}--s{seed}",
+        data=data,
+        loss=loss,
+        seed=seed,
+        flags=[],
+        scenes=None,
+        epochs=[trained],
+        rsum_last=last,
+        rsum_best=last + seed,
+        epoch_last=4,
+        epoch_best=4,
+        seconds_per_step=0.1,
+        seconds=20.0 + seed,
+        device="cpu",
+        versions={"torch": "2"},
+        retrieval={**recalls, "texts": 5000, "images": 1000} if all_captions else None,
+    )
+
+
+RECALL = {
+    ("clean", "clip"): [0.40, 0.43, 0.41],
+    ("clean", "otco"): [0.42, 0.44, 0.45],
+    ("mismatch-40", "clip"): [0.25, 0.20, 0.24],
+    ("mismatch-40", "otco"): [0.35, 0.39, 0.36],
+}
+
+
+def rsum(recall: float) -> float:
+    return 100 * (6 * recall + 0.15)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    kept = [result(*cell, seed, recall) for cell, recalls in RECALL.items() for seed, recall in enumerate(recalls)]
+    (tmp_path / "found").mkdir()
+    results.write(tmp_path / "found" / f"{STUDY}.jsonl", kept)
+    return tmp_path / "found"
+
+
+def made(folder: Path, template: str, *words: str) -> tuple[int, str]:
+    (folder / TEMPLATE).write_text(template)
+    code = cli.main(["results", str(folder), *words])
+    page = folder.with_suffix(".md")
+    return code, page.read_text() if page.is_file() else ""
+
+
+def test_numbers_are_those_of_the_runs(folder: Path) -> None:
+    found = StudyResults.read(folder, STUDY)
+    for (data, loss), recalls in RECALL.items():
+        own, base = (np.array([rsum(r) for r in each]) for each in (recalls, RECALL[data, "clip"]))
+        spread = found.rsum(data, loss)
+        low, high = scipy.stats.t.interval(0.95, 2, own.mean(), scipy.stats.sem(own))
+        assert (spread.mean, spread.low, spread.high) == pytest.approx((own.mean(), low, high))
+        assert found.ratio(data, loss) == pytest.approx(own.mean() / base.mean())
+        assert found.difference(data, loss).mean == pytest.approx((own - base).mean(), abs=1e-9)
+        assert found.of_clean(data, loss) == pytest.approx(100 * own.mean() / rsum(np.mean(RECALL["clean", "clip"])))
+        assert found.best(data, loss).mean == pytest.approx(own.mean() - 30 + 1)
+        assert found.seeds(data, loss) == 3
+        assert found.seconds(data, loss) == 21
+    difference = found.difference("mismatch-40", "otco", "clip")
+    paired = scipy.stats.ttest_rel([rsum(r) for r in RECALL["mismatch-40", "otco"]],
+                                   [rsum(r) for r in RECALL["mismatch-40", "clip"]])  # fmt: skip
+    assert difference.low == pytest.approx(paired.confidence_interval(0.95).low)
+    assert difference.above_0
+    assert found.missing == 40 - 12
+
+
+def test_a_spread_as_text() -> None:
+    assert [str(Spread(2.04, 1.0)), Spread(2.04, 1.0).signed, Spread(-2.0, None).signed] == [
+        "2.0 ± 1.0",
+        "+2.0 ± 1.0",
+        "-2.0",
+    ]
+    assert not Spread(2.0, None).above_0
+    assert not Spread(2.0, 3.0).above_0
+
+
+def test_a_page(folder: Path) -> None:
+    code, page = made(folder, '{% set main = study("flickr8k-frozen") %}{{ main.rsum("clean", "clip") }}, '
+                      '{{ "%.2f" | format(main.ratio("mismatch-40", "otco")) }} ×\n\n{{ main.table() }}\n\n'
+                      '{{ main.against() }}\n\n![]({{ main.figure("noise") }})\n', "--figures")  # fmt: skip
+    assert code == 0
+    mean = np.mean([rsum(r) for r in RECALL["clean", "clip"]])
+    assert f"\n{mean:.1f} ± " in page
+    assert " 1.54 ×" in page
+    assert "| clean | clip | 3 |" in page
+    assert "s/step" not in page
+    assert f"![](found/{STUDY}-noise.png)" in page
+    assert sorted(path.name for path in folder.iterdir()) == [f"{STUDY}-noise.png", f"{STUDY}.jsonl", TEMPLATE]
+    # The same page again, and nothing drawn.
+    assert made(folder, (folder / TEMPLATE).read_text()) == (0, page)
+
+
+def test_without_all_captions_the_last_epoch_counts(folder: Path) -> None:
+    kept = [result("clean", "clip", seed, 0.4, all_captions=False) for seed in range(2)]
+    results.write(folder / f"{STUDY}.jsonl", kept)
+    assert StudyResults.read(folder, STUDY).rsum("clean", "clip").mean == pytest.approx(rsum(0.4) - 30)
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{{ nobody }}", "page.md.jinja: 'nobody' is undefined"),
+        ("one\n{{ two", "page.md.jinja, line 2: "),
+        ('{{ study("no-study") }}', "no-study"),
+        ('{{ study("flickr8k-frozen").rsum("clean", "moco") }}', "flickr8k-frozen.jsonl has no run of moco on clean"),
+        ('{{ study("flickr8k-near").rsum("mismatch-near-40", "clip") }}', "flickr8k-near.jsonl has no run"),
+        ('{{ study("flickr8k-frozen").figure("noise") }}', "give --figures"),
+    ],
+)
+def test_a_page_that_cannot_be_made(folder: Path, template: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, page = made(folder, template)
+    assert (code, page) == (2, "")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("openclip-otco results: ")
+    assert told in line
+
+
+def test_no_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["results", str(tmp_path)]) == 2
+    assert f"{tmp_path / TEMPLATE} is missing" in capsys.readouterr().err
+
+
+def test_the_committed_page_is_the_one_that_the_runs_give() -> None:
+    from openclip_otco.study.page import page
+
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == page(ROOT / "docs" / "results")
+
+
+def test_the_committed_runs_have_finite_numbers() -> None:
+    for path in (ROOT / "docs" / "results").glob("*.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            kept = json.loads(line)
+            assert all(math.isfinite(kept[name]) for name in ("rsum_last", "rsum_best") if name in kept), path
