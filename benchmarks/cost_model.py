@@ -59,8 +59,8 @@ class Run:
         return 2 * 2.0 * self.batch * self.support * self.width
 
     def confidence_floats(self) -> int:
-        """A step: one number for each local pair is gathered."""
-        return 0 if self.ranks == 1 else self.batch
+        """A step: of each local pair its trust, and two potentials that weigh negatives, are gathered."""
+        return 0 if self.ranks == 1 else 3 * self.batch
 
     def transport_floats(self) -> int:
         """A step with λ > 0: both transported views of each local pair, for each plan drawn."""

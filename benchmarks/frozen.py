@@ -1,9 +1,9 @@
 """What a run on frozen features takes beside what its heads, loss and optimizer alone take, on one core.
 
-`python benchmarks/frozen.py OUT_DIR FILE.json`. It makes the shards of the study `flickr8k-frozen` in OUT_DIR, where the
-study's own may lie (the environment variable OPENCLIP_OTCO_FLICKR8K names the data), trains `clip` and `otco` of seed 0
-by the study's commands, once to encode what is new and once to measure, and then steps the same model's heads on random
-features of the same shapes as often. Start-up, validation and checkpoints are part of the runs.
+`python benchmarks/frozen.py OUT_DIR FILE.json`. It makes the shards of the study `flickr8k-frozen` in OUT_DIR, where
+the study's own may lie (the environment variable OPENCLIP_OTCO_FLICKR8K names the data), trains `clip` and `otco` of
+seed 0 by the study's commands, once to encode what is new and once to measure, and then steps the same model's heads
+on random features of the same shapes as often. Start-up, validation and checkpoints are part of the runs.
 """
 
 from __future__ import annotations
