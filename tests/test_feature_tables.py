@@ -205,7 +205,13 @@ def test_a_pass_that_is_stopped_keeps_what_it_has(tmp_path: Path, workers: int) 
     assert len(table) == 9
     left = lacking(table, pairs, "image")
     assert sum(map(len, left)) == 7
-    assert fill(table, shards, left, Input("image", _bytes, _sums, 3), workers) == 1
+    fill(table, shards, left, Input("image", _bytes, _sums, 3), workers)
+    # What cannot be decoded is not tried again, by nobody.
+    for each in (table, FeatureTable(tmp_path / "table")):
+        assert not sum(map(len, lacking(each, pairs, "image")))
+        assert each.failed(torch.tensor([content_key(content) for content, _ in contents])).tolist() == [
+            content == b"bad" for content, _ in contents
+        ]
     for content, _ in contents:
         row = table.find(torch.tensor([content_key(content)]))
         assert (row < 0).item() == (content == b"bad")

@@ -101,12 +101,11 @@ class TableData:
         args, flag = self.args, f"--{split}-data"
         shards = [Path(url) for url in expand_urls(getattr(args, f"{split}_data"))[0]]
         try:
-            # One rank reads the shards first; the others find what it kept.
-            if args.rank == 0:
-                pairs = [shard_pairs(shard, self.folder / "shards") for shard in shards]
-            self._sum(0)
-            if args.rank != 0:
-                pairs = [shard_pairs(shard, self.folder / "shards") for shard in shards]
+            # Each rank reads its share of the shards, and finds what the others kept of theirs.
+            for shard in shards[args.rank :: args.world_size]:
+                shard_pairs(shard, self.folder / "shards")
+            self._wait()
+            pairs = [shard_pairs(shard, self.folder / "shards") for shard in shards]
             tables = {source.kind: self._table(split, source) for source in (self._image(split), self._text())}
             for source in (self._image(split), self._text()):
                 self._fill(tables[source.kind], shards, pairs, source)
@@ -149,24 +148,21 @@ class TableData:
         args = self.args
         keys = lacking(table, pairs, source.kind)
         # Nobody begins to add rows before everybody has seen what is lacking.
-        self._sum(0)
-        failed = self._sum(
-            fill(table, shards, share(keys, args.rank, args.world_size), source, args.workers, tell=args.rank == 0)
-        )
+        self._wait()
+        fill(table, shards, share(keys, args.rank, args.world_size), source, args.workers, tell=args.rank == 0)
+        self._wait()
         table.reload()
-        if sum(int((table.find(each) < 0).sum()) for each in keys) > failed:
+        asked = torch.cat(keys)
+        if ((table.find(asked) < 0) & ~table.failed(asked)).any():
             raise RuntimeError(
                 f"--frozen-features {self.folder}: rank {args.rank} does not see what other ranks wrote; name a folder "
                 "that all ranks share"
             )
 
-    def _sum(self, number: int) -> int:
-        """The sum over all ranks, once each has come here."""
-        if self._group is None:
-            return number
-        total = torch.tensor(number)
-        dist.all_reduce(total, group=self._group)
-        return int(total)
+    def _wait(self) -> None:
+        """Until every rank has come here."""
+        if self._group is not None:
+            dist.barrier(group=self._group)
 
     def _table(self, split: str, source: Input) -> FeatureTable:
         tower = self.towers.get(source.kind)

@@ -39,14 +39,14 @@ class Input:
 
 
 def lacking(table: FeatureTable, pairs: Sequence[ShardPairs], kind: str) -> list[Tensor]:
-    """For each shard the keys `(n,)` that the table lacks and no earlier shard holds."""
+    """For each shard the keys `(n,)` that the table knows nothing of and no earlier shard holds."""
     keys = torch.cat([getattr(each, kind) for each in pairs])
     shard = torch.repeat_interleave(torch.tensor([len(each.image) for each in pairs]))
     # A stable sort: the first of equal keys is the one of the earliest shard.
     ordered, order = keys.sort(stable=True)
     first = torch.ones_like(ordered, dtype=torch.bool)
     first[1:] = ordered[1:] != ordered[:-1]
-    new = order[first & (table.find(ordered) < 0)].sort().values
+    new = order[first & (table.find(ordered) < 0) & ~table.failed(ordered)].sort().values
     return [keys[new[shard[new] == number]] for number in range(len(pairs))]
 
 
@@ -63,7 +63,7 @@ def share(keys: Sequence[Tensor], rank: int, world_size: int) -> list[Tensor]:
 
 def fill(
     table: FeatureTable, shards: Sequence[Path], keys: Sequence[Tensor], source: Input, workers: int, tell: bool = True
-) -> int:
+) -> None:
     """Encodes what `keys` name and adds it to the table, a part at a time.
 
     Args:
@@ -72,13 +72,15 @@ def fill(
         workers: processes that decode, 0 for none.
         tell: whether to log how far it is.
 
-    Returns:
-        How many could not be decoded; each has a warning in the log.
+    What cannot be decoded has a warning in the log, and is kept as failed.
+
+    Raises:
+        OSError: the table's folder cannot be written.
     """
     wanted = [(shard, set(each.tolist())) for shard, each in zip(shards, keys, strict=True) if len(each)]
     total = sum(len(each) for _, each in wanted)
     if not total:
-        return 0
+        return
     inputs = DataLoader(_Inputs(wanted, source), batch_size=None, num_workers=min(workers, len(wanted)))
     done, told, started = 0, time.monotonic(), time.monotonic()
     waiting: list[tuple[Tensor, Tensor]] = []
@@ -101,7 +103,9 @@ def fill(
     finally:
         # Also on the way out of an error or an interruption: what is encoded is kept.
         write()
-    return total - done
+    asked = torch.cat(list(keys))
+    if len(failed := asked[table.find(asked) < 0]):
+        table.add_failed(failed)
 
 
 class _Inputs(IterableDataset[tuple[Tensor, Tensor]]):

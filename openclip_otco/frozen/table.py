@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-_PART = "part-*.safetensors"
+_PARTS = ("part-*.safetensors", "failed-*.safetensors")
 
 
 class FeatureTable:
-    """Rows of `d` numbers, each under a key of 64 bits.
+    """Rows of `d` numbers, each under a key of 64 bits, and keys that no row can be made for.
 
     A part is a file with some keys and their rows, written once and never changed. Processes may add parts at the same
     time, and see those of others after `reload`. Rows stay on the disk until they are taken, so that a table may be
@@ -32,6 +32,7 @@ class FeatureTable:
         self._parts: dict[str, Tensor] = {}
         self._starts = torch.zeros(1, dtype=torch.int64)
         self._keys = self._rows = torch.zeros(0, dtype=torch.int64)
+        self._failed: dict[str, Tensor] = {}
         self._broken: set[str] = set()
         self.reload()
 
@@ -41,13 +42,18 @@ class FeatureTable:
 
     def reload(self) -> None:
         """Takes up the parts that have come to the folder since the last time."""
-        known = {*self._parts, *self._broken}
-        new = {path.name: path for path in sorted(self.folder.glob(_PART)) if path.name not in known}
+        known = {*self._parts, *self._failed, *self._broken}
+        there = sorted(path for kind in _PARTS for path in self.folder.glob(kind))
+        new = {path.name: path for path in there if path.name not in known}
         keys = []
         for name, path in new.items():
             try:
                 with safe_open(str(path), framework="pt") as file:
-                    part_keys, features = file.get_tensor("keys"), file.get_tensor("features")
+                    part_keys = file.get_tensor("keys")
+                    if name.startswith("failed-"):
+                        self._failed[name] = part_keys
+                        continue
+                    features = file.get_tensor("features")
                 if len(part_keys) != len(features):
                     raise ValueError(f"{len(part_keys)} keys, {len(features)} rows")
             except (SafetensorError, OSError, ValueError) as error:
@@ -71,6 +77,10 @@ class FeatureTable:
         places = torch.searchsorted(self._keys, keys).clamp_(max=len(self._keys) - 1)
         return torch.where(self._keys[places] == keys, self._rows[places], -1)
 
+    def failed(self, keys: Tensor) -> Tensor:
+        """Which of `keys`, `(n,)` int64, were found to have no row; `(n,)` bool."""
+        return torch.isin(keys, torch.cat([keys.new_empty(0), *self._failed.values()]))
+
     def take(self, rows: Tensor) -> Tensor:
         """The numbers `(n, d)` of `rows`, `(n,)` int64 as `find` gives them."""
         parts = list(self._parts.values())
@@ -91,12 +101,23 @@ class FeatureTable:
         Raises:
             OSError: the folder cannot be written.
         """
+        self._write("part", {"keys": keys.contiguous(), "features": features.contiguous()})
+
+    def add_failed(self, keys: Tensor) -> None:
+        """Keeps that no row can be made for these keys, `(n,)` int64, so that nobody tries again.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        self._write("failed", {"keys": keys.contiguous()})
+
+    def _write(self, kind: str, content: dict[str, Tensor]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         # The same part from two processes has the same name.
-        name = f"part-{hashlib.sha256(keys.numpy().tobytes()).hexdigest()[:16]}.safetensors"
+        name = f"{kind}-{hashlib.sha256(content['keys'].numpy().tobytes()).hexdigest()[:16]}.safetensors"
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=self.folder) as temporary:
             partial = Path(temporary, name)
-            save_file({"keys": keys.contiguous(), "features": features.contiguous()}, str(partial))
+            save_file(content, str(partial))
             os.replace(partial, self.folder / name)
         self._broken.discard(name)
         self.reload()
