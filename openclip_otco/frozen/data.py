@@ -110,9 +110,7 @@ class TableData:
             for source in (self._image(split), self._text()):
                 self._fill(tables[source.kind], shards, pairs, source)
         except OSError as error:
-            raise RuntimeError(
-                f"--frozen-features {self.folder}, {flag}: {error.filename or ''}: {error.strerror or error}"
-            ) from error
+            raise RuntimeError(f"--frozen-features {self.folder}, {flag}: {error}") from error
         rows = {kind: table.find(torch.cat([getattr(each, kind) for each in pairs])) for kind, table in tables.items()}
         usable = (rows["image"] >= 0) & (rows["text"] >= 0)
         if not usable.any():

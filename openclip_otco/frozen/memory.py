@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from openclip_otco.frozen.save import save_tensors
 from openclip_otco.lock import alone
 
 # Features of 200,000 images of 1,280 numbers each. Random views are never asked for again, and must not fill a disk.
@@ -89,10 +88,7 @@ class FeatureMemory:
             rows = list(kept.items())[-self._most_rows(next(iter(kept.values()))) :]
             keys = torch.frombuffer(bytearray(b"".join(key for key, _ in rows)), dtype=torch.uint8)
             content = {"keys": keys.view(-1, _KEY_BYTES), "features": torch.stack([row for _, row in rows])}
-            with tempfile.TemporaryDirectory(prefix=".partial-", dir=self.path.parent) as name:
-                partial = Path(name) / self.path.name
-                save_file(content, str(partial))
-                os.replace(partial, self.path)
+            save_tensors(self.path, content)
         self._saved = len(self._worth_keeping)
 
     def _most_rows(self, row: Tensor) -> int:

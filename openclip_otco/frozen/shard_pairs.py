@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +13,9 @@ import torch
 import webdataset as wds
 from open_clip_train.data import filter_no_caption_or_no_image, tarfile_to_samples_nothrow
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from openclip_otco.frozen.save import save_tensors
 
 # OpenCLIP's, in its order of preference.
 _IMAGE_TYPES = ("jpg", "png", "jpeg", "webp")
@@ -48,7 +47,7 @@ def shard_pairs(shard: Path, folder: Path) -> ShardPairs:
     """The pairs of `shard`, kept in `folder` until the shard's size or time changes.
 
     Raises:
-        OSError: the shard cannot be read.
+        OSError: the shard cannot be read, or the folder not be written.
     """
     about = shard.stat()
     identity = json.dumps([str(shard.resolve()), about.st_size, about.st_mtime_ns])
@@ -62,10 +61,6 @@ def shard_pairs(shard: Path, folder: Path) -> ShardPairs:
             logging.warning(f"Frozen features: {kept} is not usable and will be made anew. {error}")
     keys = [(content_key(image), content_key(text)) for image, text in samples(shard)]
     image, text = torch.tensor(keys, dtype=torch.int64).view(-1, 2).unbind(1)
-    pairs = ShardPairs(image.contiguous(), text.contiguous())
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as temporary:
-        partial = Path(temporary, kept.name)
-        save_file({"image": pairs.image, "text": pairs.text}, str(partial), metadata={"shard": identity})
-        os.replace(partial, kept)
+    pairs = ShardPairs(image, text)
+    save_tensors(kept, {"image": pairs.image, "text": pairs.text}, {"shard": identity})
     return pairs

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from openclip_otco.frozen.save import save_tensors
 
 _PARTS = ("part-*.safetensors", "failed-*.safetensors")
 
@@ -101,7 +100,7 @@ class FeatureTable:
         Raises:
             OSError: the folder cannot be written.
         """
-        self._write("part", {"keys": keys.contiguous(), "features": features.contiguous()})
+        self._write("part", {"keys": keys, "features": features})
 
     def add_failed(self, keys: Tensor) -> None:
         """Keeps that no row can be made for these keys, `(n,)` int64, so that nobody tries again.
@@ -109,15 +108,11 @@ class FeatureTable:
         Raises:
             OSError: the folder cannot be written.
         """
-        self._write("failed", {"keys": keys.contiguous()})
+        self._write("failed", {"keys": keys})
 
     def _write(self, kind: str, content: dict[str, Tensor]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         # The same part from two processes has the same name.
         name = f"{kind}-{hashlib.sha256(content['keys'].numpy().tobytes()).hexdigest()[:16]}.safetensors"
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=self.folder) as temporary:
-            partial = Path(temporary, name)
-            save_file(content, str(partial))
-            os.replace(partial, self.folder / name)
+        save_tensors(self.folder / name, content)
         self._broken.discard(name)
         self.reload()

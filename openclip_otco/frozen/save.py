@@ -1,0 +1,30 @@
+"""Tensor files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file; its folder is made where it is missing.
+
+    Raises:
+        OSError: it cannot be written; the message names the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+        partial = Path(folder, path.name)
+        try:
+            save_file(
+                {name: tensor.contiguous() for name, tensor in tensors.items()}, str(partial), dict(metadata or {})
+            )
+        except SafetensorError as error:  # also of a full disk
+            raise OSError(f"{path} cannot be written: {error}") from error
+        os.replace(partial, path)
