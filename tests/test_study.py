@@ -12,6 +12,7 @@ import sys
 import tarfile
 import textwrap
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -934,13 +935,20 @@ def test_scenes_command(home):
         ("[study]", "[study", "not TOML"),
         ("epochs = 3", "epochs = 3\nepochs = 4", "not TOML"),
         ("[study]", "[stduy]", "stduy is unknown"),
-        ('note = "A note."', 'nota = "A note."', "study.nota is unknown (known: name, note, seeds)"),
+        ('note = "A note."', 'nota = "A note."', "study.nota is unknown (known: flags-of, name, note, seeds)"),
         ('note = "A note."', "note = 3", "study.note must be a string"),
         ('name = "small"', "", "study.name is missing"),
         ('name = "small"', 'name = "../small"', "study.name needs a name"),
         ("seeds = [0]", "seeds = []", "study.seeds must be a list"),
         ("seeds = [0]", "seeds = [true]", "study.seeds must be a list"),
         ("seeds = [0]", "seeds = [1, 1]", "study.seeds names a seed twice"),
+        ('note = "A note."', "flags-of = 3", "study.flags-of must be a string"),
+        (
+            'note = "A note."',
+            'flags-of = "nobody"',
+            "study.flags-of names a study that cannot be used: nobody: no such",
+        ),
+        ('note = "A note."', 'flags-of = "study"', "study.flags-of leads back to study.toml"),
         ("epochs = 3", "", "flags.epochs must be given"),
         ("epochs = 3", "epochs = 0", "flags.epochs must be given"),
         ("epochs = 3", "epochs = 3\nlr = {a = 1}", "flags.lr must be a number"),
@@ -967,6 +975,18 @@ def test_bad_study_is_one_line(home, capsys, old, new, message):
     assert err.startswith("openclip-otco compare: study.toml: ")
     assert message in err
     assert not Path("runs").exists()
+
+
+def test_a_study_takes_the_flags_of_another(home):
+    first = ONE_SEED.replace('name = "small"', 'name = "small"\nflags-of = "other"').replace("epochs = 3", "lr = 0.5")
+    Path("study.toml").write_text(first)
+    Path("other.toml").write_text(ONE_SEED.replace("epochs = 3", "epochs = 7\nlr = 0.1\nwd = 0.2"))
+    expected = {**load("other.toml").flags, **tomllib.loads(first)["flags"]}
+    assert list(load("study.toml").flags.items()) == list(expected.items())
+    assert load("study.toml").flags["lr"] == 0.5
+    Path("other.toml").unlink()
+    Path("study.toml").write_text(first.replace('"other"', '"quickstart"'))
+    assert load("study.toml").flags["warmup"] == load("quickstart").flags["warmup"]
 
 
 def test_no_such_study(home, capsys):

@@ -119,6 +119,11 @@ def load(study: str) -> Study:
     Raises:
         StudyError: no such study, not TOML, or a key that is missing, unknown or of the wrong kind.
     """
+    return _load(study, ())
+
+
+def _load(study: str, readers: tuple[str, ...]) -> Study:
+    """The study; `readers` are those that take their flags from it, one through the other."""
     path = Path(study)
     if path.is_file():
         content = path.read_bytes()
@@ -130,19 +135,19 @@ def load(study: str) -> Study:
         document = tomllib.loads(content.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise StudyError(f"{study}: not TOML: {error}") from error
-    return _Reader(study).study(document)
+    return _Reader(study, (*readers, study)).study(document)
 
 
 class _Reader:
     """Turns a TOML document into a study; every complaint names the file and the key."""
 
-    def __init__(self, source: str) -> None:
-        self.source = source
+    def __init__(self, source: str, readers: tuple[str, ...]) -> None:
+        self.source, self.readers = source, readers
 
     def study(self, document: dict[str, Any]) -> Study:
         self.no_others(document, "", {"study", "flags", "data", "loss"})
         head = self.table(document, "study")
-        self.no_others(head, "study.", {"name", "note", "seeds"})
+        self.no_others(head, "study.", {"name", "note", "seeds", "flags-of"})
         seeds = head.get("seeds", [0])
         if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
             raise self.error("study.seeds", "must be a list of whole numbers, 0 or more")
@@ -155,7 +160,10 @@ class _Reader:
             name=name,
             note=self.text(head, "study.", "note") if "note" in head else "",
             seeds=tuple(seeds),
-            flags=self.flags(self.table(document, "flags") if "flags" in document else {}, "flags."),
+            flags={
+                **(self.flags_of(head) if "flags-of" in head else {}),
+                **self.flags(self.table(document, "flags") if "flags" in document else {}, "flags."),
+            },
             data=tuple(self.data(key, table) for key, table in self.named_tables(document, "data")),
             losses=tuple(self.loss(key, table) for key, table in self.named_tables(document, "loss")),
         )
@@ -165,6 +173,18 @@ class _Reader:
                 if type(epochs) is not int or epochs < 1:
                     raise self.error("flags.epochs", "must be given, a whole number of 1 or more")
         return study
+
+    def flags_of(self, head: dict[str, Any]) -> Flags:
+        """The flags of the study that `study.flags-of` names: a file from this one's folder, or a shipped study."""
+        name = self.text(head, "study.", "flags-of")
+        beside = Path(self.source).with_name(f"{name}.toml")
+        wanted = str(beside) if Path(self.source).is_file() and beside.is_file() else name
+        if wanted in self.readers:
+            raise self.error("study.flags-of", f"leads back to {wanted}")
+        try:
+            return _load(wanted, self.readers).flags
+        except StudyError as error:
+            raise self.error("study.flags-of", f"names a study that cannot be used: {error}") from error
 
     def data(self, name: str, table: dict[str, Any]) -> DataSetting:
         where = f"data.{name}."
