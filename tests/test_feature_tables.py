@@ -69,8 +69,8 @@ def test_a_broken_part_costs_a_warning_and_its_rows(
     table.add(keys[4:], rows_of(keys[4:]))
     part.write_bytes(content)
     again = FeatureTable(tmp_path)
-    assert str(part) in caplog.text
     assert (again.find(keys) >= 0).tolist() == [False] * 4 + [True] * 4
+    assert str(part) in caplog.text
     again.add(keys[:4], rows_of(keys[:4]))
     for each in (again, FeatureTable(tmp_path)):
         assert torch.equal(each.take(each.find(keys)), rows_of(keys))
@@ -87,6 +87,7 @@ def test_processes_may_add_at_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_add_some, args=(tmp_path, list(range(start, 30, 3)))) for start in range(3)]
     table = FeatureTable(tmp_path)
+    assert not len(table)
     for process in processes:
         process.start()
     for process in processes:
@@ -232,7 +233,7 @@ def test_a_pass_that_is_stopped_keeps_what_it_has(tmp_path: Path, workers: int) 
     assert len(table) == 9
     left = lacking(table, pairs, "image")
     assert sum(map(len, left)) == 7
-    fill(table, shards, left, Input("image", _bytes, _sums, 3), workers)
+    assert fill(table, shards, left, Input("image", _bytes, _sums, 3), workers) == 0
     # What cannot be decoded is not tried again, by nobody.
     for each in (table, FeatureTable(tmp_path / "table")):
         assert not sum(map(len, lacking(each, pairs, "image")))
@@ -244,6 +245,47 @@ def test_a_pass_that_is_stopped_keeps_what_it_has(tmp_path: Path, workers: int) 
         assert (row < 0).item() == (content == b"bad")
         if content != b"bad":
             assert torch.equal(table.take(row), _sums(_bytes(content)[None]))
+
+
+def test_what_is_torn_off_comes_back_with_the_shard(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shard, kept = tmp_path / "0.tar", tmp_path / "kept"
+    write_shard(shard, pairs_of(0, 1, 2, 3))
+    whole, about = shard.read_bytes(), shard.stat()
+    pairs = [shard_pairs(shard, kept)]
+    table, source = FeatureTable(tmp_path / "table"), Input("text", _bytes_of_any_length, _sums, 2)
+
+    def tear() -> None:
+        shard.write_bytes(whole[: len(whole) // 2])
+        os.utime(shard, ns=(about.st_atime_ns, about.st_mtime_ns))
+
+    tear()
+    unread = fill(table, [shard], lacking(table, pairs, "text"), source, 0)
+    assert 0 < unread < 4
+    assert f"{shard} cannot be read to its end" in caplog.text
+    # As far as it goes, and not kept.
+    assert len(shard_pairs(shard, kept).text) == 4 - unread
+    shard.write_bytes(whole)
+    os.utime(shard, ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert sum(map(len, lacking(table, pairs, "text"))) == unread
+    assert fill(table, [shard], lacking(table, pairs, "text"), source, 0) == 0
+    assert len(shard_pairs(shard, kept).text) == 4
+
+
+def _bytes_of_any_length(content: bytes) -> Tensor:
+    return torch.tensor(list(content.ljust(40)))
+
+
+def test_a_pass_without_memory_ends_the_run_and_marks_nothing(tmp_path: Path) -> None:
+    shard = tmp_path / "0.tar"
+    write_shard(shard, pairs_of(0, 1))
+    pairs, table = [shard_pairs(shard, tmp_path / "kept")], FeatureTable(tmp_path / "table")
+
+    def prepare(content: bytes) -> Tensor:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fill(table, [shard], lacking(table, pairs, "text"), Input("text", prepare, _sums, 2), 0)
+    assert sum(map(len, lacking(FeatureTable(tmp_path / "table"), pairs, "text"))) == 2
 
 
 # --- order -------------------------------------------------------------------------------------------------------
@@ -309,16 +351,25 @@ def test_fingerprints_tell_transforms_apart_and_find_random_ones() -> None:
         assert fingerprint(_image_function(*steps), sample_images()) is None
 
 
-def test_fingerprints_leave_random_numbers_alone() -> None:
-    def state() -> list[Any]:
-        return [random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()]  # type: ignore[index]
+def random_state() -> list[Any]:
+    return [random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()]  # type: ignore[index]
 
+
+@pytest.mark.parametrize("seed", [4, 33, 38])
+def test_whole_images_are_no_random_crop_whatever_the_seed(seed: int) -> None:
+    """OpenCLIP's own crop keeps torchvision's range of ratios, in which a few pictures have a crop of their own."""
+    torch.manual_seed(seed)
+    crop = transforms.RandomResizedCrop(64, scale=(1.0, 1.0))
+    assert fingerprint(_image_function(crop), sample_images()) is not None
+
+
+def test_fingerprints_leave_random_numbers_alone() -> None:
     def drawing(content: bytes) -> Tensor:
         return torch.rand(2) + random.random() + float(np.random.rand())
 
-    before = state()
+    before = random_state()
     assert fingerprint(drawing, [b"a"]) is None
-    assert state() == before
+    assert random_state() == before
 
 
 def test_fingerprints_tell_tokenizers_apart() -> None:
@@ -383,7 +434,9 @@ def hooked(args: Any) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     plugin, data = FrozenFeaturesPlugin(), get_data(args, preprocess, epoch=0, tokenizer=tokenizer)
     plugin.prepare_model(args, model)
     own = dict(data)
+    before = random_state()
     plugin.prepare_data(args, data, preprocess, tokenizer)
+    assert random_state() == before  # a first run goes on as a later one
     return model, own, data
 
 
@@ -433,6 +486,11 @@ def test_training_has_all_pairs_in_the_seed_s_order(tmp_path: Path) -> None:
     ("words", "told"),
     [
         (("--loss", "simclr"), "--loss simclr makes views of images"),
+        (("--distill-model", "RN50", "--distill-pretrained", "openai"), "--distill-model sees images, too"),
+        (
+            ("--aug-cfg", "use_timm=True", "scale=(1.0, 1.0)", "ratio=(1.0, 1.0)", "re_prob=0.01"),
+            "augmentation is random",
+        ),
         (("--dataset-resampled",), "--dataset-resampled draws shards"),
         (("--aug-cfg", "scale=(0.5, 1.0)"), "augmentation is random"),
         (("--val-data", "data.csv", "--dataset-type", "auto"), "--val-data is no WebDataset"),
@@ -534,9 +592,16 @@ def test_ranks_have_the_steps_of_one(tmp_path: Path) -> None:
         assert torch.equal(whole, torch.cat(halves))
 
 
+def _rank_with_little_patience(rank: int, world: int, folder: Path) -> None:
+    from openclip_otco.frozen import data
+
+    data._SECONDS_TO_APPEAR = 1.0
+    _rank(rank, world, folder, False)
+
+
 def test_ranks_that_do_not_share_the_folder_are_told(tmp_path: Path) -> None:
     make_data(tmp_path)
-    start_ranks(_rank, 2, tmp_path, False)
+    start_ranks(_rank_with_little_patience, 2, tmp_path)
     for rank in range(2):
         told = (tmp_path / f"error-{rank}").read_text()
         assert f"rank {rank} does not see what other ranks wrote; name a folder that all ranks share" in told

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import io
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -21,17 +22,27 @@ from torch import Tensor
 
 from openclip_otco.evaluate.samples import is_local
 from openclip_otco.frozen.fill import Input, fill, lacking, share
-from openclip_otco.frozen.fingerprint import fingerprint, sample_captions, sample_images
+from openclip_otco.frozen.fingerprint import fingerprint, own_random_numbers, sample_captions, sample_images
 from openclip_otco.frozen.loader import BatchesInOrder, PairTable, SeededBatches, loader
-from openclip_otco.frozen.shard_pairs import shard_pairs
+from openclip_otco.frozen.shard_pairs import ShardPairs, shard_pairs
 from openclip_otco.frozen.table import FeatureTable
 from openclip_otco.frozen.towers import FrozenTower
 
 _SPLITS = ("train", "val")
+# Augmentations that change so few images that a few samples may not show it.
+_RARE = ("hflip", "vflip", "color_jitter", "auto_augment")
 # Images and captions that a tower encodes at a time.
 _IMAGES, _CAPTIONS = 64, 256
+# A network file system shows what others wrote after a while.
+_SECONDS_TO_APPEAR = 60.0
+_SECONDS_BETWEEN_LINES = 10.0
 # Ranks wait for each other's encoding, and not all have as much to do.
 _LONGEST_PASS = timedelta(days=7)
+
+
+def _is_rarely_random(aug_cfg: Mapping[str, Any] | None) -> bool:
+    """Whether `--aug-cfg` asks for one of timm's augmentations by its probability."""
+    return any(value and (name in _RARE or name.endswith("_prob")) for name, value in (aug_cfg or {}).items())
 
 
 class TableData:
@@ -68,6 +79,8 @@ class TableData:
             return "the image tower is not locked"
         if args.loss == "simclr":
             return "--loss simclr makes views of images"
+        if args.distill_model:
+            return "--distill-model sees images, too"
         if args.horovod:
             return "--horovod"
         if args.dataset_resampled:
@@ -78,7 +91,7 @@ class TableData:
                 return f"--{split}-data is no WebDataset"
             if strange := [url for url in expand_urls(given)[0] if not is_local(url)]:
                 return f"{strange[0]} is not local"
-            if self._image_fingerprint(split) is None:
+            if self._image_fingerprint(split) is None or _is_rarely_random(args.aug_cfg):
                 return 'augmentation is random; for whole images, train with --aug-cfg "scale=(1.0, 1.0)"'
         return None
 
@@ -91,8 +104,10 @@ class TableData:
         splits = self._splits(data)
         self._group = dist.new_group(backend="gloo", timeout=_LONGEST_PASS) if self.args.distributed else None
         try:
-            for split in splits:
-                data[split] = self._replaced(split, data[split])
+            # Transforms draw even where nothing comes of it; a run that has to encode must go on as a later one.
+            with own_random_numbers():
+                for split in splits:
+                    data[split] = self._replaced(split, data[split])
         finally:
             if self._group is not None:
                 dist.destroy_process_group(self._group)
@@ -101,11 +116,7 @@ class TableData:
         args, flag = self.args, f"--{split}-data"
         shards = [Path(url) for url in expand_urls(getattr(args, f"{split}_data"))[0]]
         try:
-            # Each rank reads its share of the shards, and finds what the others kept of theirs.
-            for shard in shards[args.rank :: args.world_size]:
-                shard_pairs(shard, self.folder / "shards")
-            self._wait()
-            pairs = [shard_pairs(shard, self.folder / "shards") for shard in shards]
+            pairs = self._pairs(shards)
             tables = {source.kind: self._table(split, source) for source in (self._image(split), self._text())}
             for source in (self._image(split), self._text()):
                 self._fill(tables[source.kind], shards, pairs, source)
@@ -142,30 +153,52 @@ class TableData:
         dataloader.num_batches, dataloader.num_samples = old.dataloader.num_batches, old.dataloader.num_samples
         return DataInfo(dataloader=dataloader, shared_epoch=epoch)
 
-    def _fill(self, table: FeatureTable, shards: Sequence[Path], pairs: Sequence[Any], source: Input) -> None:
-        args = self.args
-        keys = lacking(table, pairs, source.kind)
-        # Nobody begins to add rows before everybody has seen what is lacking.
-        self._wait()
-        fill(table, shards, share(keys, args.rank, args.world_size), source, args.workers, tell=args.rank == 0)
-        self._wait()
-        table.reload()
-        asked = torch.cat(keys)
-        if ((table.find(asked) < 0) & ~table.failed(asked)).any():
-            raise RuntimeError(
-                f"--frozen-features {self.folder}: rank {args.rank} does not see what other ranks wrote; name a folder "
-                "that all ranks share"
-            )
+    def _pairs(self, shards: Sequence[Path]) -> list[ShardPairs]:
+        """What the shards hold; each rank reads its share of them."""
+        rank, world_size = self.args.rank, self.args.world_size
+        mine, told = [], time.monotonic()
+        for number, shard in enumerate(shards[rank::world_size], 1):
+            mine.append(shard_pairs(shard, self.folder / "shards"))
+            if rank == 0 and time.monotonic() - told > _SECONDS_BETWEEN_LINES:
+                told = time.monotonic()
+                logging.info(f"Frozen features: {number * world_size:,} of {len(shards):,} shards read")
+        if self._group is None:
+            return mine
+        theirs: list[Any] = [None] * world_size
+        dist.all_gather_object(theirs, mine, group=self._group)
+        return [theirs[number % world_size][number // world_size] for number in range(len(shards))]
 
-    def _wait(self) -> None:
-        """Until every rank has come here."""
+    def _fill(self, table: FeatureTable, shards: Sequence[Path], pairs: Sequence[ShardPairs], source: Input) -> None:
+        args = self.args
+        keys = [lacking(table, pairs, source.kind)]
         if self._group is not None:
-            dist.barrier(group=self._group)
+            # The first rank's word counts: another run may be adding rows between two looks at the folder.
+            dist.broadcast_object_list(keys, src=0, group=self._group)
+        mine = share(keys[0], args.rank, args.world_size)
+        unread = torch.tensor(fill(table, shards, mine, source, args.workers, tell=args.rank == 0))
+        if self._group is not None:
+            dist.all_reduce(unread, group=self._group)
+        asked = torch.cat(keys[0])
+        deadline = time.monotonic() + _SECONDS_TO_APPEAR
+        while self._unknown(table, asked) > unread:
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"--frozen-features {self.folder}: rank {args.rank} does not see what other ranks wrote; name a "
+                    "folder that all ranks share"
+                )
+            time.sleep(1)
+
+    @staticmethod
+    def _unknown(table: FeatureTable, keys: Tensor) -> int:
+        table.reload()
+        return int(((table.find(keys) < 0) & ~table.failed(keys)).sum())
 
     def _table(self, split: str, source: Input) -> FeatureTable:
         tower = self.towers.get(source.kind)
         prepared = self._image_fingerprint(split) if source.kind == "image" else self._fingerprint("text", self._text())
-        content = hashlib.sha256(f"{tower.digest() if tower else 'tokens'} {prepared}".encode())
+        # Devices round in their own ways.
+        made_by = f"{tower.digest()} {torch.device(self.args.device).type}" if tower else "tokens"
+        content = hashlib.sha256(f"{made_by} {prepared}".encode())
         return FeatureTable(self.folder / f"{source.kind}-{content.hexdigest()[:16]}")
 
     def _image(self, split: str) -> Input:

@@ -27,7 +27,8 @@ class Input:
 
     Attributes:
         kind: `image` or `text`.
-        prepare: from bytes to a tensor, in a loader's process; what it raises leaves the pair out.
+        prepare: from bytes to a tensor, in a loader's process; what it raises leaves the pair out (but for lack of
+            memory).
         encode: from tensors `(b, ...)` to rows `(b, d)`, on this process's device.
         batch: `b`, at most.
     """
@@ -63,7 +64,7 @@ def share(keys: Sequence[Tensor], rank: int, world_size: int) -> list[Tensor]:
 
 def fill(
     table: FeatureTable, shards: Sequence[Path], keys: Sequence[Tensor], source: Input, workers: int, tell: bool = True
-) -> None:
+) -> int:
     """Encodes what `keys` name and adds it to the table, a part at a time.
 
     Args:
@@ -72,7 +73,11 @@ def fill(
         workers: processes that decode, 0 for none.
         tell: whether to log how far it is.
 
-    What cannot be decoded has a warning in the log, and is kept as failed.
+    What cannot be decoded has a warning in the log and is kept as failed; what a torn shard holds is not, and will be
+    tried again.
+
+    Returns:
+        How many keys were not found in their shards.
 
     Raises:
         OSError: the table's folder cannot be written.
@@ -80,10 +85,14 @@ def fill(
     wanted = [(shard, set(each.tolist())) for shard, each in zip(shards, keys, strict=True) if len(each)]
     total = sum(len(each) for _, each in wanted)
     if not total:
-        return
-    inputs = DataLoader(_Inputs(wanted, source), batch_size=None, num_workers=min(workers, len(wanted)))
-    done, told, started = 0, time.monotonic(), time.monotonic()
+        return 0
+    # With a generator of its own it draws nothing from the run's random numbers.
+    inputs = DataLoader(
+        _Inputs(wanted, source), batch_size=None, num_workers=min(workers, len(wanted)), generator=torch.Generator()
+    )
+    done, seen, told, started = 0, 0, time.monotonic(), time.monotonic()
     waiting: list[tuple[Tensor, Tensor]] = []
+    failed: list[Tensor] = []
 
     def write() -> None:
         if waiting:
@@ -91,50 +100,70 @@ def fill(
             waiting.clear()
 
     try:
-        for batch_keys, batch in inputs:
-            waiting.append((batch_keys, source.encode(batch).cpu()))
+        for batch_keys, batch, failed_keys in inputs:
+            if len(batch_keys):
+                waiting.append((batch_keys, source.encode(batch).cpu()))
+            if len(failed_keys):
+                failed.append(failed_keys)
             done += len(batch_keys)
+            seen += len(batch_keys) + len(failed_keys)
             if sum(len(each) for each, _ in waiting) >= _PART_ROWS:
                 write()
             if tell and time.monotonic() - told > _SECONDS_BETWEEN_LINES:
                 told = time.monotonic()
                 speed = done / (told - started)
-                logging.info(f"Frozen features: {done:,} of {total:,} {source.kind}s encoded ({speed:,.0f}/s)")
+                logging.info(f"Frozen features: {seen:,} of {total:,} {source.kind}s encoded ({speed:,.0f}/s)")
     finally:
         # Also on the way out of an error or an interruption: what is encoded is kept.
         write()
-    asked = torch.cat(list(keys))
-    if len(failed := asked[table.find(asked) < 0]):
-        table.add_failed(failed)
+    if failed:
+        table.add_failed(torch.cat(failed))
+    return total - seen
 
 
-class _Inputs(IterableDataset[tuple[Tensor, Tensor]]):
-    """Batches of keys `(b,)` and prepared inputs `(b, ...)`; a shard is read by one worker."""
+class _Inputs(IterableDataset[tuple[Tensor, Tensor, Tensor]]):
+    """Batches of keys `(b,)`, prepared inputs `(b, ...)`, and keys of what could not be decoded, `(k,)`.
+
+    A shard is read by one worker.
+    """
 
     def __init__(self, wanted: Sequence[tuple[Path, set[int]]], source: Input) -> None:
         self.wanted, self.source = wanted, source
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
         batch: dict[int, Tensor] = {}
+        failed: list[int] = []
         for shard, keys in self.wanted[number::count]:
             left = set(keys)
-            for image, text in samples(shard):
-                content = image if self.source.kind == "image" else text
+            for content in _contents(shard, self.source.kind):
                 if (key := content_key(content)) not in left:
                     continue
                 left.discard(key)
                 try:
                     batch[key] = self.source.prepare(content)
+                except MemoryError:
+                    raise
                 except Exception as error:  # of decoders, which have no common base
+                    failed.append(key)
                     logging.warning(f"Frozen features: an {self.source.kind} of {shard} cannot be decoded ({error!r})")
                 if len(batch) == self.source.batch:
-                    yield _stacked(batch)
-                    batch = {}
-        if batch:
-            yield _stacked(batch)
+                    yield _stacked(batch, failed)
+                    batch, failed = {}, []
+        if batch or failed:
+            yield _stacked(batch, failed)
 
 
-def _stacked(batch: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
-    return torch.tensor(list(batch), dtype=torch.int64), torch.stack(list(batch.values()))
+def _contents(shard: Path, kind: str) -> Iterator[bytes]:
+    """The images or captions of a shard, as bytes; of a torn one, those before the tear."""
+    try:
+        for image, text in samples(shard):
+            yield image if kind == "image" else text
+    except Exception as error:
+        logging.warning(f"Frozen features: {shard} cannot be read to its end. {error!r}")
+
+
+def _stacked(batch: dict[int, Tensor], failed: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = torch.stack(list(batch.values())) if batch else torch.empty(0)
+    return torch.tensor(list(batch), dtype=torch.int64), inputs, torch.tensor(failed, dtype=torch.int64)

@@ -94,6 +94,8 @@ def loader(pairs: PairTable, batches: Sampler[list[int]], workers: int, pin_memo
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
+        # With a generator of its own it draws nothing from the run's random numbers.
+        generator=torch.Generator(),
     )
 
 

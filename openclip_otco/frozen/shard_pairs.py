@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,9 +36,15 @@ def content_key(content: bytes) -> int:
 
 
 def samples(shard: Path) -> Iterator[tuple[bytes, bytes]]:
-    """The image and the caption of each pair, as bytes, in the pairs' order; OpenCLIP's own reading of a shard."""
+    """The image and the caption of each pair, as bytes, in the pairs' order; OpenCLIP's own reading of a shard.
+
+    Raises:
+        Exception: of WebDataset or `tarfile`, which have no common base, behind the last pair that can be read.
+    """
     pipeline = wds.DataPipeline(
-        wds.SimpleShardList([str(shard)]), tarfile_to_samples_nothrow, wds.select(filter_no_caption_or_no_image)
+        wds.SimpleShardList([str(shard)]),
+        partial(tarfile_to_samples_nothrow, handler=wds.reraise_exception),
+        wds.select(filter_no_caption_or_no_image),
     )
     for sample in pipeline:
         yield next(sample[kind] for kind in _IMAGE_TYPES if kind in sample), sample["txt"]
@@ -45,6 +52,8 @@ def samples(shard: Path) -> Iterator[tuple[bytes, bytes]]:
 
 def shard_pairs(shard: Path, folder: Path) -> ShardPairs:
     """The pairs of `shard`, kept in `folder` until the shard's size or time changes.
+
+    A shard that is torn has those before the tear, with a warning, and they are not kept.
 
     Raises:
         OSError: the shard cannot be read, or the folder not be written.
@@ -59,8 +68,15 @@ def shard_pairs(shard: Path, folder: Path) -> ShardPairs:
                     return ShardPairs(file.get_tensor("image"), file.get_tensor("text"))
         except (SafetensorError, OSError) as error:
             logging.warning(f"Frozen features: {kept} is not usable and will be made anew. {error}")
-    keys = [(content_key(image), content_key(text)) for image, text in samples(shard)]
+    keys: list[tuple[int, int]] = []
+    whole = True
+    try:
+        keys.extend((content_key(image), content_key(text)) for image, text in samples(shard))
+    except Exception as error:
+        whole = False
+        logging.warning(f"Frozen features: {shard} can be read up to pair {len(keys)}, the rest is left out. {error!r}")
     image, text = torch.tensor(keys, dtype=torch.int64).view(-1, 2).unbind(1)
     pairs = ShardPairs(image, text)
-    save_tensors(kept, {"image": pairs.image, "text": pairs.text}, {"shard": identity})
+    if whole:
+        save_tensors(kept, {"image": pairs.image, "text": pairs.text}, {"shard": identity})
     return pairs

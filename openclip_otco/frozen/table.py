@@ -33,14 +33,16 @@ class FeatureTable:
         self._keys = self._rows = torch.zeros(0, dtype=torch.int64)
         self._failed: dict[str, Tensor] = {}
         self._broken: set[str] = set()
-        self.reload()
+        self._behind = True
 
     def __len__(self) -> int:
         """Number of rows; a key that two processes added at once counts twice."""
+        self._catch_up()
         return int(self._starts[-1])
 
     def reload(self) -> None:
         """Takes up the parts that have come to the folder since the last time."""
+        self._behind = False
         known = {*self._parts, *self._failed, *self._broken}
         there = sorted(path for kind in _PARTS for path in self.folder.glob(kind))
         new = {path.name: path for path in there if path.name not in known}
@@ -62,7 +64,7 @@ class FeatureTable:
             self._parts[name] = features
             keys.append(part_keys)
         if keys:
-            first = len(self)
+            first = int(self._starts[-1])
             sizes = torch.tensor([0, *(len(features) for features in self._parts.values())])
             self._starts = sizes.cumsum(0)
             added = torch.cat(keys)
@@ -71,6 +73,7 @@ class FeatureTable:
 
     def find(self, keys: Tensor) -> Tensor:
         """The rows `(n,)` int64 of `keys`, `(n,)` int64; -1 where there is none."""
+        self._catch_up()
         if not len(self._keys):
             return torch.full_like(keys, -1)
         places = torch.searchsorted(self._keys, keys).clamp_(max=len(self._keys) - 1)
@@ -78,6 +81,7 @@ class FeatureTable:
 
     def failed(self, keys: Tensor) -> Tensor:
         """Which of `keys`, `(n,)` int64, were found to have no row; `(n,)` bool."""
+        self._catch_up()
         return torch.isin(keys, torch.cat([keys.new_empty(0), *self._failed.values()]))
 
     def take(self, rows: Tensor) -> Tensor:
@@ -91,7 +95,7 @@ class FeatureTable:
         return taken
 
     def add(self, keys: Tensor, features: Tensor) -> None:
-        """Writes a part, whole or not at all, and takes it up.
+        """Writes a part, whole or not at all.
 
         Args:
             keys: `(n,)` int64.
@@ -115,4 +119,9 @@ class FeatureTable:
         name = f"{kind}-{hashlib.sha256(content['keys'].numpy().tobytes()).hexdigest()[:16]}.safetensors"
         save_tensors(self.folder / name, content)
         self._broken.discard(name)
-        self.reload()
+        # A pass adds thousands of parts; they are looked at when somebody asks.
+        self._behind = True
+
+    def _catch_up(self) -> None:
+        if self._behind:
+            self.reload()

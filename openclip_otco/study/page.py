@@ -164,8 +164,10 @@ class StudyResults:
 
     def of_clean(self, data: str, loss: str) -> float:
         """Mean rsum in percent of the baseline's on clean data."""
-        clean = self.rsum(self.study.data[0].name, self.study.losses[0].name)
-        return 100 * self.rsum(data, loss).mean / clean.mean
+        clean = table.clean_setting(self.study)
+        if clean is None:
+            raise StudyError(f"{self.study.name}: no setting without mismatch beside others")
+        return 100 * self.rsum(data, loss).mean / self.rsum(clean.name, self.study.losses[0].name).mean
 
     def seconds(self, data: str, loss: str) -> float:
         """Of a whole run, start and validation included: the median."""

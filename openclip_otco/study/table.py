@@ -61,7 +61,7 @@ def markdown(study: Study, results: Sequence[Result], command: str) -> str:
 
 def recall_table(study: Study, results: Sequence[Result], speed: bool = True) -> str:
     """A row for each loss in each setting: recalls and their sums; with `speed`, seconds per step as well."""
-    clean = _clean(study)
+    clean = clean_setting(study)
     whole = standard(results)
     share = [] if clean is None else [f"% of {study.losses[0].name} on {clean.name}"]
     sums = [_WHOLE, *share, "rsum, last epoch"] if whole else ["rsum, last epoch", *share]
@@ -104,7 +104,7 @@ def _explanation(study: Study, results: Sequence[Result], whole: bool) -> str:
     return f"{lines}seconds per optimizer step without the first. {_spread(study)}"
 
 
-def _clean(study: Study) -> DataSetting | None:
+def clean_setting(study: Study) -> DataSetting | None:
     """The setting without mismatch, if there are others to compare with it."""
     return next((data for data in study.data if mismatch(data) == 0), None) if len(study.data) > 1 else None
 
