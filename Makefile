@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install patch lint browser test test-matrix quickstart results study study-cleaned study-quick bench step-cost scaling screenshots clean
+.PHONY: install patch lint browser test test-matrix quickstart results study page study-cleaned study-quick bench step-cost scaling screenshots clean
 
 install: patch
 
@@ -48,20 +48,22 @@ quickstart: install
 	HF_HUB_OFFLINE=1 $(BIN)/openclip-otco compare quickstart --out runs/quickstart
 
 results: install
-	for study in scenes-baselines scenes; do \
+	for study in scenes-baselines scenes scenes-recipe; do \
 		HF_HUB_OFFLINE=1 $(BIN)/openclip-otco compare $$study --out runs/scenes || exit 1; \
-		for file in results.jsonl table.md rsum.png recalls.png noise.png cost.png; do \
-			test ! -e runs/scenes/$$file || cp runs/scenes/$$file runs/scenes/$$study-$$file; done; done
+		cp runs/scenes/results.jsonl runs/scenes/$$study.jsonl; done
 
 study-quick: install
 	HF_HUB_OFFLINE=1 $(BIN)/openclip-otco compare study-quick --out runs/study-quick --jobs 2
 
 # Flickr8k lies where the environment variable OPENCLIP_OTCO_FLICKR8K says. Runs that two studies share are made once.
 study: install
-	for study in flickr8k-tuning flickr8k-frozen flickr8k-baselines flickr8k-ablations; do \
-		HF_HUB_OFFLINE=1 $(BIN)/openclip-otco compare $$study --out runs/flickr8k --jobs 2 || exit 1; \
-		for file in results.jsonl table.md rsum.png recalls.png noise.png cost.png; do \
-			test ! -e runs/flickr8k/$$file || cp runs/flickr8k/$$file runs/flickr8k/$$study-$$file; done; done
+	for study in tuning frozen near oracle baselines ablations; do \
+		HF_HUB_OFFLINE=1 $(BIN)/openclip-otco compare flickr8k-$$study --out runs/flickr8k --jobs 2 || exit 1; \
+		cp runs/flickr8k/results.jsonl runs/flickr8k/flickr8k-$$study.jsonl; done
+
+# The page of results, after the files NAME.jsonl of the studies above were put into docs/results.
+page: install
+	$(BIN)/openclip-otco results docs/results --figures
 
 # After `make study`: audits of its runs, and plain CLIP on the shards that they keep.
 study-cleaned: install
