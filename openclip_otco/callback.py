@@ -65,7 +65,7 @@ class PlanCacheCallback:
         cache: PlanCache,
         solver: PlanSolver,
         plans_per_step: int = 1,
-        warmup: float = 0.05,
+        warmup: float = 0.02,
         max_age: int = 32,
         device: torch.device | str = "cpu",
         log_every: int = 100,

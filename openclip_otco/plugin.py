@@ -61,7 +61,7 @@ OPTIONS = (
            choices=NEGATIVES),
     Option("--otco-negative-power", 0.6, "Power of that density (of the similarity: of exp(cosine / epsilon)).",
            weight, "0 or more"),
-    Option("--otco-warmup", 0.05, "Share of all steps before confidence and transported pairs act.",
+    Option("--otco-warmup", 0.02, "Share of all steps before plans act on the loss.",
            share, "in [0, 1]"),
     Option("--otco-max-support", 8192, "Most pairs that a plan couples; a larger window is subsampled.", count,
            "at least 1"),
