@@ -162,7 +162,7 @@ def test_every_plan_goes_to_wandb_on_the_step_axis(monkeypatch):
 
 
 def test_the_log_line_comes_at_open_clips_pace(caplog):
-    callback = make_callback(log_every=8)
+    callback = make_callback(log_every=8, warmup=0.05)
     callback.on_train_start(step=0, total_steps=100)
     with caplog.at_level(logging.INFO):
         train(callback, range(16))
