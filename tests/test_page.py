@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from openclip_otco.study import results
 from openclip_otco.study.log import RECALLS
 from openclip_otco.study.page import TEMPLATE, Spread, StudyResults
 from openclip_otco.study.results import Result
+from openclip_otco.study.study import arguments, load
 
 STUDY = "flickr8k-frozen"
 ROOT = Path(__file__).parents[1]
@@ -89,6 +91,17 @@ def test_numbers_are_those_of_the_runs(folder: Path) -> None:
     assert difference.low == pytest.approx(paired.confidence_interval(0.95).low)
     assert difference.above_0
     assert found.missing == 40 - 12
+
+
+def test_runs_of_other_flags_are_counted(folder: Path) -> None:
+    study = load(STUDY)
+    (clip,) = (loss for loss in study.losses if loss.name == "clip")
+    flags = arguments({**study.flags, **clip.flags, "train-data": "a.tar", "seed": 3})
+    kept = [replace(result("clean", "clip", seed, 0.4), flags=flags) for seed in range(3)]
+    kept[1] = replace(kept[1], flags=[*flags[:-2], "--lr", "0.1"])
+    kept[2] = replace(kept[2], loss="otco")  # which has more flags
+    results.write(folder / f"{STUDY}.jsonl", kept)
+    assert StudyResults.read(folder, STUDY).outdated == 2
 
 
 def test_a_spread_as_text() -> None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from openclip_otco.study import results, table
 from openclip_otco.study.results import Result, standard
-from openclip_otco.study.study import Study, StudyError, load
+from openclip_otco.study.study import Study, StudyError, arguments, load
 
 TEMPLATE = "page.md.jinja"
 _NOTE = "<!-- Made by `openclip-otco results` from {template}: edit that, and run it again. -->\n"
@@ -129,6 +129,13 @@ class StudyResults:
         """Runs of the study that are not there."""
         return len(self.study.data) * len(self.study.losses) * len(self.study.seeds) - len(self.kept)
 
+    @property
+    def outdated(self) -> int:
+        """Kept runs whose flags are not those that the study has now, its data apart."""
+        flags = {loss.name: {**self.study.flags, **loss.selection, **loss.flags} for loss in self.study.losses}
+        wanted = {name: _by_flag(arguments(each)) for name, each in flags.items()}
+        return sum(not wanted.get(run.loss, {}).items() <= _by_flag(run.flags).items() for run in self.kept)
+
     def table(self) -> str:
         """Recalls and their sums."""
         return table.recall_table(self.study, self.kept, speed=False)
@@ -205,3 +212,16 @@ class StudyResults:
         if not pairs:
             raise StudyError(f"{self.folder / self.study.name}.jsonl: no seed of {loss} on {data} has its baseline")
         return pairs
+
+
+def _by_flag(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The values of each flag of a command line."""
+    found: dict[str, list[str]] = {}
+    flag = ""
+    for word in words:
+        if word.startswith("--"):
+            flag = word
+            found[flag] = []
+        else:
+            found.setdefault(flag, []).append(word)
+    return {flag: tuple(values) for flag, values in found.items()}
