@@ -70,6 +70,7 @@ class TableData:
         self.preprocess = dict(zip(_SPLITS, preprocess, strict=True))
         self.tokenizer = tokenizer
         self.fingerprints: dict[str, str | None] = {}
+        self._tables: dict[tuple[str, str | None], FeatureTable] = {}
         self._group: Any = None
 
     def obstacle(self, data: Mapping[str, DataInfo]) -> str | None:
@@ -91,7 +92,7 @@ class TableData:
                 return f"--{split}-data is no WebDataset"
             if strange := [url for url in expand_urls(given)[0] if not is_local(url)]:
                 return f"{strange[0]} is not local"
-            if self._image_fingerprint(split) is None or _is_rarely_random(args.aug_cfg):
+            if self._fingerprint(split, self._image(split)) is None or _is_rarely_random(args.aug_cfg):
                 return 'augmentation is random; for whole images, train with --aug-cfg "scale=(1.0, 1.0)"'
         return None
 
@@ -115,10 +116,11 @@ class TableData:
     def _replaced(self, split: str, old: DataInfo) -> DataInfo:
         args, flag = self.args, f"--{split}-data"
         shards = [Path(url) for url in expand_urls(getattr(args, f"{split}_data"))[0]]
+        sources = (self._image(split), self._text())
         try:
             pairs = self._pairs(shards)
-            tables = {source.kind: self._table(split, source) for source in (self._image(split), self._text())}
-            for source in (self._image(split), self._text()):
+            tables = {source.kind: self._table(split, source) for source in sources}
+            for source in sources:
                 self._fill(tables[source.kind], shards, pairs, source)
         except OSError as error:
             raise RuntimeError(f"--frozen-features {self.folder}, {flag}: {error}") from error
@@ -194,12 +196,16 @@ class TableData:
         return int(((table.find(keys) < 0) & ~table.failed(keys)).sum())
 
     def _table(self, split: str, source: Input) -> FeatureTable:
-        tower = self.towers.get(source.kind)
-        prepared = self._image_fingerprint(split) if source.kind == "image" else self._fingerprint("text", self._text())
-        # Devices round in their own ways.
-        made_by = f"{tower.digest()} {torch.device(self.args.device).type}" if tower else "tokens"
-        content = hashlib.sha256(f"{made_by} {prepared}".encode())
-        return FeatureTable(self.folder / f"{source.kind}-{content.hexdigest()[:16]}")
+        """The table of such rows, made once; both splits have their captions in one."""
+        prepared = self._fingerprint(split if source.kind == "image" else "text", source)
+        key = source.kind, prepared
+        if key not in self._tables:
+            tower = self.towers.get(source.kind)
+            # Devices round in their own ways.
+            made_by = f"{tower.digest()} {torch.device(self.args.device).type}" if tower else "tokens"
+            content = hashlib.sha256(f"{made_by} {prepared}".encode())
+            self._tables[key] = FeatureTable(self.folder / f"{source.kind}-{content.hexdigest()[:16]}")
+        return self._tables[key]
 
     def _image(self, split: str) -> Input:
         transform = self.preprocess[split]
@@ -225,13 +231,10 @@ class TableData:
 
         def encode(inputs: Tensor) -> Tensor:
             inputs = inputs.to(device, dtype=dtype if kind == "image" else None)
-            with torch.no_grad(), autocast():
+            with autocast():
                 return tower.compute(inputs)
 
         return encode
-
-    def _image_fingerprint(self, split: str) -> str | None:
-        return self._fingerprint(split, self._image(split))
 
     def _fingerprint(self, name: str, source: Input) -> str | None:
         if name not in self.fingerprints:

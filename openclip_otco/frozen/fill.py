@@ -48,7 +48,7 @@ def lacking(table: FeatureTable, pairs: Sequence[ShardPairs], kind: str) -> list
     first = torch.ones_like(ordered, dtype=torch.bool)
     first[1:] = ordered[1:] != ordered[:-1]
     new = order[first & (table.find(ordered) < 0) & ~table.failed(ordered)].sort().values
-    return [keys[new[shard[new] == number]] for number in range(len(pairs))]
+    return list(keys[new].split(torch.bincount(shard[new], minlength=len(pairs)).tolist()))
 
 
 def share(keys: Sequence[Tensor], rank: int, world_size: int) -> list[Tensor]:

@@ -16,10 +16,8 @@ from open_clip_train.data import filter_no_caption_or_no_image, tarfile_to_sampl
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from openclip_otco.evaluate.samples import IMAGE_TYPES
 from openclip_otco.frozen.save import save_tensors
-
-# OpenCLIP's, in its order of preference.
-_IMAGE_TYPES = ("jpg", "png", "jpeg", "webp")
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def samples(shard: Path) -> Iterator[tuple[bytes, bytes]]:
         wds.select(filter_no_caption_or_no_image),
     )
     for sample in pipeline:
-        yield next(sample[kind] for kind in _IMAGE_TYPES if kind in sample), sample["txt"]
+        yield next(sample[kind] for kind in IMAGE_TYPES if kind in sample), sample["txt"]
 
 
 def shard_pairs(shard: Path, folder: Path) -> ShardPairs:
@@ -56,7 +54,7 @@ def shard_pairs(shard: Path, folder: Path) -> ShardPairs:
     A shard that is torn has those before the tear, with a warning, and they are not kept.
 
     Raises:
-        OSError: the shard cannot be read, or the folder not be written.
+        OSError: the shard is missing, or the folder cannot be written.
     """
     about = shard.stat()
     identity = json.dumps([str(shard.resolve()), about.st_size, about.st_mtime_ns])
