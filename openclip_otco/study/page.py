@@ -7,8 +7,9 @@ that the text and the runs cannot part.
 from __future__ import annotations
 
 import argparse
-import statistics
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,27 +177,22 @@ class StudyResults:
             raise StudyError(f"{self.study.name}: no setting without mismatch beside others")
         return 100 * self.rsum(data, loss).mean / self.rsum(clean.name, self.study.losses[0].name).mean
 
-    def seconds(self, data: str, loss: str) -> float:
-        """Of a whole run, start and validation included: the median."""
-        return statistics.median(run.seconds for run in self._runs(data, loss))
-
     def figure(self, kind: str) -> str:
         """The path, from the page, of the picture `rsum`, `recalls`, `noise` or `cost`."""
         path = self.folder / f"{self.study.name}-{kind}.png"
         if self.figures:
             from openclip_otco.study.figure import draw
 
-            for drawn in draw(self.study, self.kept, self.folder):
-                if drawn.name == f"{kind}.png":
-                    drawn.replace(path)
-                else:
-                    drawn.unlink()
+            with tempfile.TemporaryDirectory() as drawn:
+                draw(self.study, self.kept, Path(drawn))
+                if (made := Path(drawn, f"{kind}.png")).is_file():
+                    shutil.copyfile(made, path)
         if not path.is_file():
             raise StudyError(f"{path} is missing; give --figures, or show another picture")
         return f"{self.folder.name}/{path.name}"
 
     def _rsum(self, run: Result) -> float:
-        return table.final_rsum(run, standard(self.kept)) if standard(self.kept) else run.rsum_last
+        return table.final_rsum(run, standard(self.kept))
 
     def _runs(self, data: str, loss: str) -> list[Result]:
         found = table.cell(self.kept, data, loss)
