@@ -965,6 +965,8 @@ def test_scenes_command(home):
         ('[data.clean]\ntrain-data = "train.csv"', "[data]\nclean = 1", "data.clean must be a table"),
         ('loss = "otco"', "", "loss.otco.loss is missing"),
         ("otco-confidence = 1.0", 'name = "x"', "loss.otco.name is unknown here"),
+        ("otco-confidence = 1.0", 'like = "clip"', "loss.otco.loss cannot be given together with like"),
+        ('loss = "otco"', 'like = "otco"', "loss.otco.like names no loss above it (clip"),
     ],
 )
 def test_bad_study_is_one_line(home, capsys, old, new, message):
@@ -987,6 +989,14 @@ def test_a_study_takes_the_flags_of_another(home):
     Path("other.toml").unlink()
     Path("study.toml").write_text(first.replace('"other"', '"quickstart"'))
     assert load("study.toml").flags["warmup"] == load("quickstart").flags["warmup"]
+
+
+def test_a_loss_like_another_with_a_flag_changed(home):
+    more = '[loss.a]\nloss = "otco"\notco-epsilon = 0.1\notco-window = 2\n[loss.b]\nlike = "a"\notco-epsilon = 0.2\n'
+    Path("study.toml").write_text(ONE_SEED + more)
+    *_, a, b = load("study.toml").losses
+    assert (a.loss, list(a.flags.items())) == ("otco", [("otco-epsilon", 0.1), ("otco-window", 2)])
+    assert (b.loss, list(b.flags.items())) == ("otco", [("otco-epsilon", 0.2), ("otco-window", 2)])
 
 
 def test_no_such_study(home, capsys):

@@ -165,7 +165,7 @@ class _Reader:
                 **self.flags(self.table(document, "flags") if "flags" in document else {}, "flags."),
             },
             data=tuple(self.data(key, table) for key, table in self.named_tables(document, "data")),
-            losses=tuple(self.loss(key, table) for key, table in self.named_tables(document, "loss")),
+            losses=self.losses(document),
         )
         for setting in study.data:
             for loss in study.losses:
@@ -217,10 +217,24 @@ class _Reader:
         folder = self.text(table, where, "folder") if "folder" in table else None
         return Flickr8k(mismatch, table.get("near", False), table.get("matched-only", False), folder)
 
-    def loss(self, name: str, table: dict[str, Any]) -> Loss:
+    def losses(self, document: dict[str, Any]) -> tuple[Loss, ...]:
+        found: dict[str, Loss] = {}
+        for name, table in self.named_tables(document, "loss"):
+            found[name] = self.loss(name, table, found)
+        return tuple(found.values())
+
+    def loss(self, name: str, table: dict[str, Any], above: Mapping[str, Loss]) -> Loss:
+        """A loss, or one of those `above` with some flags changed: `like` names it."""
         where = f"loss.{name}."
-        loss = self.text(table, where, "loss")
-        return Loss(name, loss, self.flags({key: value for key, value in table.items() if key != "loss"}, where))
+        flags = self.flags({key: value for key, value in table.items() if key not in ("loss", "like")}, where)
+        if "like" not in table:
+            return Loss(name, self.text(table, where, "loss"), flags)
+        if "loss" in table:
+            raise self.error(f"{where}loss", "cannot be given together with like")
+        like = self.text(table, where, "like")
+        if like not in above:
+            raise self.error(f"{where}like", f"names no loss above it ({', '.join(above) or 'there is none'})")
+        return Loss(name, above[like].loss, {**above[like].flags, **flags})
 
     def named_tables(self, document: dict[str, Any], key: str) -> list[tuple[str, dict[str, Any]]]:
         tables = self.table(document, key)
