@@ -1,0 +1,59 @@
+"""Decoys: pairs put together at random, which show what a wrong pair looks like."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Decoys:
+    """Wrong pairs made of a window's own pairs, and folds in which nothing is judged by what it taught.
+
+    Attributes:
+        fold: `(N,)` int64, the fold of each pair. All pairs of one image are in one fold.
+        partner: `(D, N)` int64. Decoy `(r, i)` is the image of pair `i` with the caption of pair `partner[r, i]` of the
+            same fold; -1 where the fold has no other image, or the caption is the same.
+    """
+
+    fold: Tensor
+    partner: Tensor
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Whose image and whose caption each decoy has, `(M,)` int64 each: all decoys that are there."""
+        row, image = (self.partner >= 0).nonzero(as_tuple=True)
+        return image, self.partner[row, image]
+
+
+def draw_decoys(image: Tensor, caption: Tensor, folds: int, count: int, seed: int = 0) -> Decoys:
+    """Folds of a window and `count` decoys for each of its pairs.
+
+    A decoy's image and caption are of one fold: a model of the other folds has seen neither, as it has not seen the
+    pair itself.
+
+    Args:
+        image, caption: `(N,)` int64; equal numbers are equal images, or equal captions.
+        folds: how many.
+        count: decoys of each pair.
+        seed: of the draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    image, caption = image.cpu(), caption.cpu()
+    place = torch.randperm(int(image.max()) + 1, generator=generator)[image]
+    fold = place % folds
+    partner = torch.full((count, len(image)), -1)
+    for number in range(folds):
+        # The pairs of an image lie side by side, so that a turn by more than their number meets another image.
+        members = (fold == number).nonzero().flatten()
+        members = members[place[members].sort(stable=True).indices]
+        largest = int(torch.bincount(image[members]).max()) if len(members) else 0
+        if len(members) < 2 * largest or not largest:
+            continue
+        turns = torch.randint(largest, len(members) - largest + 1, (count,), generator=generator)
+        for row, turn in enumerate(turns.tolist()):
+            others = members.roll(turn)
+            different = caption[others] != caption[members]
+            partner[row, members[different]] = others[different]
+    return Decoys(fold, partner)
