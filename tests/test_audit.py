@@ -21,6 +21,7 @@ import numpy as np
 import open_clip
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import webdataset as wds
@@ -28,17 +29,22 @@ from conftest import paired_features
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 from torchmetrics.functional.classification import binary_auroc
 
 from openclip_otco.audit import AuditError, audit, command, table
-from openclip_otco.audit.confidence import judge
+from openclip_otco.audit.confidence import Judgement, judge
+from openclip_otco.audit.encoder import PairEncoder
 from openclip_otco.audit.pairs import Cursor, stream
-from openclip_otco.audit.score import Truth, auroc, estimated_share
+from openclip_otco.audit.score import Truth, auroc
 from openclip_otco.audit.source import Shards
 from openclip_otco.audit.suspects import Worst
+from openclip_otco.audit.towers import load_towers
+from openclip_otco.audit.two_groups import WrongShare
+from openclip_otco.audit.verdict import judge_window, log_density
 from openclip_otco.audit.windows import windows
 from openclip_otco.evaluate import checkpoint, samples
-from openclip_otco.models import prepare_model, register_models
+from openclip_otco.models import bert_tiny_folder, prepare_model, register_models
 from openclip_otco.pages.thumbnail import thumbnail
 from openclip_otco.plan import TransportPlan
 from openclip_otco.solver import PlanSolver
@@ -133,18 +139,36 @@ def test_small_masses_do_not_vanish() -> None:
     assert found.best.tolist()[:2] == [1, 0]
 
 
-@pytest.mark.parametrize("wrong", [0.0, 0.2, 0.4, 0.6])
-def test_the_share_of_right_pairs_is_estimated(wrong: float) -> None:
+@pytest.mark.parametrize("wrong", [0.2, 0.4, 0.6])
+def test_a_trained_model_and_towers_make_one_verdict(wrong: float) -> None:
     v, t = paired_features(1000, d=64, seed=1)
     count = int(1000 * wrong)
     t[:count] = t[:count].roll(1, 0)
-    found = judge(PlanSolver(epsilon=0.03).solve(v, t), range(1000), range(1000))
-    assert estimated_share(found.log_confidence) == pytest.approx(1 - wrong, abs=0.05)
+    rotation, _ = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+    is_wrong = np.arange(1000) < count
+    alone = judge_window(PlanSolver(), (v, t @ rotation), None, range(1000), range(1000))
+    both = judge_window(PlanSolver(), (v, t @ rotation), (v, t), range(1000), range(1000))
+    assert (alone.log_density, alone.cosine) == (None, None)
+    for verdict in (alone, both):
+        assert verdict.wrong.value == pytest.approx(wrong, abs=0.12)
+        assert auroc(verdict.probability, is_wrong) > 0.97
+    assert auroc(both.probability, is_wrong) >= auroc(alone.probability, is_wrong)
+    # The caption of an image is that of the pair before it, and the plan of either kind sends most there.
+    chosen = np.arange(1, count) - np.array(alone.best)[1:count]
+    assert (np.array(both.best)[:count] == (np.arange(count) + 1) % count).mean() > 0.9
+    assert (chosen == -1).mean() > 0.5
 
 
-def test_of_one_pair_the_share_is_one() -> None:
-    assert estimated_share(torch.zeros(1)) == 1
-    assert estimated_share(torch.full((5,), -torch.inf)) == 0
+def test_the_density_is_the_odds_of_the_share_over_chance() -> None:
+    n = 50
+    plan = couple(list(range(n)), list(range(n)), seed=0, epsilon=0.5)
+    mass = dense(plan)
+    share = np.sqrt(np.diag(mass) ** 2 / (mass.sum(axis=0) * mass.sum(axis=1)))
+    found = log_density(judge(plan, range(n), range(n)))
+    assert found == pytest.approx(np.log(n * share / (1 - share)), abs=1e-3)
+    # A pair that has all of its row and column, and one that has nothing, stay finite.
+    extremes = Judgement(torch.tensor([0.0, -400.0]), torch.zeros(2), torch.zeros(2))
+    assert np.isfinite(log_density(extremes)).all()
 
 
 # --- windows, scores, suspects, table ----------------------------------------------------------------------------
@@ -187,12 +211,13 @@ def test_truth_knows_samples_of_one_caption(tmp_path: Path) -> None:
 
 
 @settings(deadline=None)
-@given(st.lists(st.floats(-5, 5)), st.integers(1, 10))
-def test_worst_admits_what_is_among_the_lowest(scores: list[float], top: int) -> None:
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(-5, 5))), st.integers(1, 10))
+def test_worst_admits_what_is_among_the_first(scores: list[tuple[float, float]], top: int) -> None:
     worst = Worst(top)
-    for index, score in enumerate(scores):
-        lower = sum(other <= score for other in scores[:index])
-        assert worst.admits(score) == (lower < top)
+    orders = [(*score, (0, index, 0)) for index, score in enumerate(scores)]
+    for index, order in enumerate(orders):
+        lower = sum(other < order for other in orders[:index])
+        assert worst.admits(order) == (lower < top)
 
 
 def test_thumbnails_are_small(tmp_path: Path) -> None:
@@ -205,7 +230,8 @@ def test_thumbnails_are_small(tmp_path: Path) -> None:
 def part_row(score: float, number: int) -> table.Row:
     texts = {name: f"{name} {number}" for name in ("key", "shard", "caption", "best_caption", "best_key")}
     place = {"shard_number": 0, "sample": number, "line": 0}
-    return {**texts, **place, "confidence": math.exp(score), "log_confidence": score, "cosine": 0.0, "thumbnail": None}
+    scores = {"probability": math.exp(score), "evidence": -score, "structure": 0.0, "log_density": None, "cosine": 0.0}
+    return {**texts, **place, **scores, "thumbnail": None}
 
 
 @pytest.mark.parametrize("fan_in", [2, 3, 64])
@@ -219,7 +245,7 @@ def test_ranking_of_many_parts(tmp_path: Path, fan_in: int) -> None:
     (tmp_path / "scratch").mkdir()
     found = list(table.ranked(parts, tmp_path / "scratch", fan_in))
     # Python's sort is stable: those alike stay in the order of the data.
-    assert found == sorted(rows, key=lambda row: row["log_confidence"])
+    assert found == sorted(rows, key=lambda row: row["probability"])
     assert all(part.is_file() for part in parts)
 
 
@@ -312,7 +338,7 @@ def test_the_table_has_what_the_plans_say(
 ) -> None:
     rows = run("out")
     assert [row["rank"] for row in rows] == list(range(1, 46))
-    assert [row["log_confidence"] for row in rows] == sorted(row["log_confidence"] for row in rows)
+    assert [row["probability"] for row in rows] == sorted(row["probability"] for row in rows)
 
     # The same from what `evaluate` reads, window by window: 14, 14, and 17, as 3 are too few to stand alone.
     found = [sample for batch in samples.batches(data, encoder.preprocess, 45, 0) for sample in batch]
@@ -322,24 +348,78 @@ def test_the_table_has_what_the_plans_say(
     shards = [sample_shard for sample_shard in samples.shards(data) for _ in range(15)]
     facts = json.loads((tmp_path / "out/audit.json").read_text())
     assert (facts["windows"], facts["epsilon"], facts["pairs"], facts["images"]) == (3, 0.03, 45, 36)
+    shares = []
     for start, stop in ((0, 14), (14, 28), (28, 45)):
         keys, images, captions = zip(*pairs[start:stop], strict=True)
         # Whatever the `--otco-epsilon` of the run.
-        plan = PlanSolver(epsilon=0.03).solve(encoder.images(images), encoder.texts(captions))
+        both = encoder.images(images), encoder.texts(captions)
         of_image = [hash(image.numpy().tobytes()) for image in images]
-        judged = judge(plan, of_image, captions)
+        verdict = judge_window(PlanSolver(epsilon=0.03), both, both, of_image, captions)
+        shares.append((stop - start) * verdict.wrong.value / 45)
+        judged = judge(PlanSolver(epsilon=0.03).solve(*both), of_image, captions)
         for index, (key, caption) in enumerate(zip(keys, captions, strict=True)):
             row = by_pair[key, caption, shards[start + index]]
-            assert row["log_confidence"] == pytest.approx(judged.log_confidence[index].item(), abs=1e-3)
-            assert row["confidence"] == pytest.approx(math.exp(row["log_confidence"]))
+            assert row["probability"] == pytest.approx(verdict.probability[index], abs=1e-3)
+            assert row["structure"] == pytest.approx(verdict.structure[index], abs=1e-3)
+            assert row["log_density"] == pytest.approx(log_density(judged)[index], abs=1e-3)
             assert row["cosine"] == pytest.approx(judged.cosine[index].item(), abs=1e-5)
             best = captions.index(row["best_caption"])
             assert of_image[best] != of_image[index]
             assert row["best_key"] == keys[best]
+    assert facts["wrong_share"] == pytest.approx(sum(shares))
+    assert facts["wrong_share_low"] <= facts["wrong_share"] <= facts["wrong_share_high"]
 
     html = (tmp_path / "out/gallery.html").read_text()
     assert html.count("data:image/jpeg;base64,") >= 4
     assert "<script>alert" not in html
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A timm model and a BERT in folders, with random weights, as `--towers` takes them."""
+    register_models()
+    prepare_model(MODEL)
+    folder = tmp_path_factory.mktemp("tower")
+    torch.manual_seed(1)
+    model = timm.create_model("resnet10t", num_classes=3)
+    save_file(model.state_dict(), str(folder / "model.safetensors"), metadata={"format": "pt"})
+    known = {"input_size": [3, 64, 64], "num_classes": 3, "classifier": "fc", "first_conv": "conv1.0"}
+    config = {"architecture": "resnet10t", "num_classes": 3, "pretrained_cfg": known}
+    (folder / "config.json").write_text(json.dumps(config))
+    return f"local-dir:{folder}+{bert_tiny_folder()}"
+
+
+def test_towers_need_no_checkpoint(towers: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    given = ("--data", data, "--out", tmp_path / "out", "--towers", towers, "--window", 14, "--workers", 0)
+    assert command.run(arguments(*given, "--write-clean", tmp_path / "clean", "--drop", 0.4)) == 0
+    rows = pq.read_table(tmp_path / "out/audit.parquet").to_pylist()
+    assert len(rows) == 45
+    assert {(row["log_density"], row["cosine"]) for row in rows} == {(None, None)}
+    assert all(row["best_caption"] for row in rows)
+    assert len((tmp_path / "clean/clean-keys.txt").read_text().splitlines()) < 36
+    assert capsys.readouterr().out.startswith(f"{towers}, window 14")
+    facts = json.loads((tmp_path / "out/audit.json").read_text())
+    assert (facts["checkpoint"], facts["towers"]) == (None, towers)
+
+    found = load_towers(towers)
+    sample = next(iter(Shards(data).samples()))
+    with Image.open(io.BytesIO(sample.files["png"])) as image:
+        pixels = found.preprocess(image.convert("RGB"))
+    assert pixels.shape == (3, 64, 64)
+    assert found.images(pixels[None]).shape == (1, 512)
+    texts = found.texts(["a dog", "a much longer caption of a cat"])
+    # Padding changes nothing.
+    assert texts[0].tolist() == pytest.approx(found.texts(["a dog"])[0].tolist(), abs=1e-5)
+
+
+def test_a_checkpoint_and_towers_are_two_witnesses(run: Callable, towers: str, encoder: checkpoint.Encoder) -> None:
+    both = {(row["key"], row["caption"], row["shard"]): row for row in run("both", "--towers", towers)}
+    alone = run("alone")
+    for row in alone:
+        other = both[row["key"], row["caption"], row["shard"]]
+        assert other["cosine"] == pytest.approx(row["cosine"], abs=1e-5)
+        assert other["log_density"] == pytest.approx(row["log_density"], abs=1e-3)
+    assert [row["structure"] for row in alone] != [row["structure"] for row in both.values()]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -508,7 +588,7 @@ def test_image_files_do_not_outlive_their_batch(encoder: checkpoint.Encoder, tmp
     large = io.BytesIO()
     Image.fromarray(noise).save(large, "PNG")
     write_shard(tmp_path / "large.tar", [("0.png", large.getvalue()), ("0.txt", b"a dog")])
-    ((pairs, _),) = stream(Shards(str(tmp_path / "large.tar")), encoder, 4, 0, Cursor())
+    ((pairs, _),) = stream(Shards(str(tmp_path / "large.tar")), PairEncoder(encoder, None), 4, 0, Cursor())
     assert len(large.getvalue()) > 10**6
     assert len(pickle.dumps(pairs)) < 50_000
     with Image.open(io.BytesIO(pairs[0].thumbnail)) as small:
@@ -571,30 +651,39 @@ def test_a_part_is_on_the_disk_before_it_has_its_name(
         "000000.parquet.partial", "audit.parquet.partial", "state.json.part"}  # fmt: skip
 
 
-def test_a_threshold_cuts_at_confidence(run: Callable, tmp_path: Path) -> None:
+def test_a_threshold_cuts_at_the_probability(run: Callable, tmp_path: Path) -> None:
     rows = run("out")
-    threshold = rows[20]["confidence"]
+    threshold = rows[20]["probability"]
     # The audit is done: only the clean data are made.
     assert run("out", "--write-clean", tmp_path / "clean", "--threshold", repr(threshold)) == rows
     found = [name for path in (tmp_path / "clean").glob("*.tar") for name, _ in read_shard(path)]
-    plain = [row for row in rows if row["confidence"] >= threshold and row["key"] != "many"]
+    plain = [row for row in rows if row["probability"] >= threshold and row["key"] != "many"]
     assert sum(name.endswith(".txt") and not name.startswith("many") for name in found) == len(plain)
 
 
+def estimating(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """From now on this share of each window is said to be wrong."""
+    monkeypatch.setattr(
+        "openclip_otco.audit.witnesses.wrong_share", lambda pairs, decoys, *images: WrongShare(share, 0.1)
+    )
+
+
+@pytest.mark.parametrize("auto", [(), ("--drop", "auto")])
 def test_as_many_are_dropped_as_seem_to_be_wrong(
-    run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, auto: tuple
 ) -> None:
-    # An untrained model takes all for right.
-    assert run("out", "--write-clean", tmp_path / "all") == run("out")
+    estimating(monkeypatch, 0.0)
+    assert run("right", "--write-clean", tmp_path / "all", *auto) == run("right")
     assert "Estimated: 0.0 % of the pairs" in capsys.readouterr().out
-    monkeypatch.setattr("openclip_otco.audit.audit.estimated_share", lambda log_confidence: 0.6)
-    rows = run("out", "--write-clean", tmp_path / "clean")
-    assert json.loads((tmp_path / "out/audit.json").read_text())["matched_share"] == pytest.approx(0.6)
+    estimating(monkeypatch, 0.4)
+    rows = run("out", "--write-clean", tmp_path / "clean", *auto)
+    assert json.loads((tmp_path / "out/audit.json").read_text())["wrong_share"] == pytest.approx(0.4)
     kept = {(row["shard"], row["key"]) for row in rows if row["rank"] > round(0.4 * len(rows))}
     everything, clean = ((tmp_path / name / "clean-keys.txt").read_text().splitlines() for name in ("all", "clean"))
     assert len(clean) == len(kept) < len(everything)
     out = capsys.readouterr().out
-    assert "Estimated: 40.0 % of the pairs" in out
+    # Of three windows of about a third of the pairs each, the error of the mean.
+    assert "Estimated: 40.0 % of the pairs do not belong together (95 % interval: 28.6 to 51.4 %)" in out
     assert f"{len(kept)} of {len(everything)} samples are kept: {tmp_path / 'clean'}" in out
 
 
@@ -606,12 +695,12 @@ def test_not_everything_is_dropped_unasked(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    estimating(monkeypatch, 1.0)
     rows = run("out")
-    monkeypatch.setattr("openclip_otco.audit.audit.estimated_share", lambda log_confidence: 0.0)
     words = ("--checkpoint", run_checkpoint, "--data", data, "--out", tmp_path / "out", "--window", 14)
     words += ("--batch-size", 5, "--top", 4, "--workers", 0, "--write-clean", tmp_path / "clean")
     assert command.run(arguments(*words)) == 2
-    assert "--write-clean: to this checkpoint no pair seems right; give" in capsys.readouterr().err
+    assert "--write-clean: to these models no pair seems right; give" in capsys.readouterr().err
     assert not (tmp_path / "clean").exists()
     # What was computed is kept.
     assert run("out", "--write-clean", tmp_path / "clean", "--drop", 0.4) == rows
@@ -643,7 +732,7 @@ def test_csv_gives_what_shards_give(run: Callable, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("openclip_otco.audit.source._ROWS_AT_A_TIME", 3)
     words = ("--csv-separator", ";", "--write-clean", "clean", "--drop", 0.25)
     rows = run("csv", *words, of="20.csv")
-    same = ("caption", "confidence", "cosine", "best_caption", "rank")
+    same = ("caption", "probability", "structure", "cosine", "best_caption", "rank")
     expected = [{name: row[name] for name in same} for row in run("tar", of=str(tmp_path / "20.tar"))]
     assert [{name: row[name] for name in same} for row in rows] == expected
     dropped = {row["key"] for row in rows[:5]}
@@ -657,12 +746,13 @@ def test_auroc_of_a_model_that_knows(run: Callable, data: str, tmp_path: Path, c
     wrong = torch.tensor([row["key"] in ("00", "11", "22", "../../x") for row in rows])
     facts = json.loads((tmp_path / "out/audit.json").read_text())
     assert facts["wrong"] == 6
-    for name, column in (("auroc_confidence", "log_confidence"), ("auroc_cosine", "cosine")):
+    names = ("probability", "structure", "log_density", "cosine")
+    for name, column in zip((f"auroc_{name}" for name in names), ("rank", *names[1:]), strict=True):
         # Shifted into the range that torchmetrics takes for probabilities.
         scores = torch.tensor([row[column] for row in rows], dtype=torch.float64)
         scores = (scores - scores.min()) / (scores.max() - scores.min())
         assert facts[name] == pytest.approx(binary_auroc(scores, ~wrong).item(), abs=1e-6)
-    assert f"| {facts['auroc_confidence']:.4f} |" in capsys.readouterr().out
+    assert f"| {facts['auroc_probability']:.4f} |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -684,6 +774,8 @@ def test_auroc_of_a_model_that_knows(run: Callable, data: str, tmp_path: Path, c
         (("--data", "other.csv"), "--csv-img-key filepath: other.csv has no such column, but keys, other"),
         (("--data", "data/0.tar::data/0.tar", "--write-clean", "DIR", "--drop", 0.1), "2 shards are named 0.tar"),
         (("--checkpoint", "none.pt"), "--checkpoint none.pt: no such file"),
+        (("--towers", "RN10"), "--towers RN10: cannot be loaded: there is no such model (give"),
+        (("--towers", "resnet10+bert"), "--towers resnet10+bert: cannot be loaded: "),
     ],
 )
 def test_bad_input_gets_one_line(
@@ -707,6 +799,12 @@ def test_bad_input_gets_one_line(
     # The bar aside.
     assert len(err.strip().split("\r")[-1].splitlines()) == 1
     assert out == ""
+
+
+def test_somebody_has_to_judge(data: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert command.run(arguments("--data", data, "--out", tmp_path / "out")) == 2
+    assert "--towers: name the models that judge the pairs" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_plan_that_does_not_converge(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from page_fixtures import HOSTILE, every_picture_is_there, jpeg
 
 from openclip_otco.pages import page as pages
 from openclip_otco.pages.chart import Chart, heat, thinned
-from openclip_otco.pages.gallery import Suspect, write_gallery
+from openclip_otco.pages.gallery import Estimate, Suspect, by_picture, write_gallery
 
 FACTS: dict[str, str | int | float] = {"pairs": 31_000, "AUROC": 0.98765, "data": "train/{0000..0007}.tar"}
+ESTIMATE = Estimate(30_000, 0.4012, 0.382, 0.42, [12_000, 0, 3_000, 15_000])
 WORDS = ("a red star", "two blue rings", "a green cross")
 
 
@@ -27,18 +29,19 @@ def suspects(count: int = 12, captions: tuple[str, ...] = WORDS) -> list[Suspect
             key=f"key{(i * 7) % count:04d}",
             shard=f"{i % 3:04d}.tar",
             caption=captions[i % len(captions)],
-            confidence=(i + 1) ** 2 / count**2,
+            probability=(i + 1) ** 2 / count**2,
+            structure=math.sin(i * 1.3),
             cosine=math.cos(i * 2.1),
             best_key=f"key{i:04d}",
             best_caption=captions[(i + 1) % len(captions)],
-            thumbnail=jpeg((i * 37 % 256, 90, 60)),
+            thumbnail=jpeg((i * 37 % 256, 90, 60)) + bytes(str(i), "ascii"),  # no two pictures are one file
         )
         for i in range(count)
     ]
 
 
 def gallery(folder: Path, pairs: list[Suspect], title: str = "Audit") -> Path:
-    write_gallery(folder / "out" / "gallery.html", pairs, FACTS, title)
+    write_gallery(folder / "out" / "gallery.html", pairs, ESTIMATE, FACTS, title)
     return folder / "out" / "gallery.html"
 
 
@@ -64,8 +67,8 @@ class Parsed(HTMLParser):
 def test_what_strangers_wrote_is_text(tmp_path, caption):
     """In every place where it stands, the page has the tags and attributes that it has with harmless text."""
     harmless, hostile = (
-        Parsed(pages.render("gallery", title=text, facts={text: text}, suspects=[
-            Suspect(1, text, text, text, 0.1, 0.2, text, text, jpeg())
+        Parsed(pages.render("gallery", title=text, estimate=ESTIMATE, facts={text: text}, pictures=[
+            [Suspect(1, text, text, text, 0.1, 0.2, 0.3, text, text, jpeg())]
         ])) for text in ("harmless", caption)
     )  # fmt: skip
     assert hostile.tags == harmless.tags
@@ -79,7 +82,11 @@ def test_what_strangers_wrote_is_text(tmp_path, caption):
 @given(caption=st.text(max_size=40))
 def test_any_text_is_text(caption):
     text = pages.render(
-        "gallery", title="t", facts={}, suspects=[Suspect(1, "k", "s", caption, 0, 0, "b", caption, b"")]
+        "gallery",
+        title="t",
+        estimate=ESTIMATE,
+        facts={},
+        pictures=[[Suspect(1, "k", "s", caption, 0, 0, 0, "b", caption, b"")]],
     )
     assert [value for name, value in Parsed(text).attributes if name == "alt"] == [
         # What a parser makes of line ends and NUL in an attribute.
@@ -163,7 +170,7 @@ def test_a_heat_map_has_a_cell_for_each_value_and_the_ends_of_the_scale():
 
 
 def keys(page) -> list[str]:
-    return page.eval_on_selector_all(".card", "cards => cards.filter(c => !c.hidden).map(c => c.dataset.key)")
+    return page.eval_on_selector_all(".pair", "pairs => pairs.filter(p => p.checkVisibility()).map(p => p.dataset.key)")
 
 
 def test_pictures_are_there(tmp_path, visit):
@@ -177,8 +184,9 @@ def test_pictures_are_there(tmp_path, visit):
 @pytest.mark.parametrize(
     ("order", "by"),
     [
-        ("confidence", lambda pair: pair.confidence),
-        ("-confidence", lambda pair: -pair.confidence),
+        ("rank", lambda pair: pair.rank),
+        ("-rank", lambda pair: -pair.rank),
+        ("structure", lambda pair: pair.structure),
         ("cosine", lambda pair: pair.cosine),
         ("-cosine", lambda pair: -pair.cosine),
         ("key", lambda pair: pair.key),
@@ -204,7 +212,9 @@ def test_filtering_and_the_threshold(tmp_path, visit):
     page.fill("#filter", "")
     page.locator("#threshold").fill("5")
     assert keys(page) == [pair.key for pair in pairs[:5]]
-    assert float(page.locator("#limit").inner_text()) == pytest.approx(pairs[4].confidence, rel=1e-3)
+    assert page.locator("#limit").inner_text() == f"{100 * pairs[4].probability:.2g} %"
+    # In the histogram's own units: ten for each bin.
+    assert float(page.locator("#cut").get_attribute("x1")) == pytest.approx(40 * pairs[4].probability, rel=1e-6)
     assert page.locator("#count").get_attribute("aria-live") == "polite"
 
 
@@ -212,9 +222,68 @@ def test_the_keys_of_the_pairs_in_sight_can_be_saved(tmp_path, visit):
     pairs = suspects()
     page = visit(gallery(tmp_path, pairs))
     page.locator("#threshold").fill("3")
+    page.select_option("#which", "shown")
     with page.expect_download() as download:
         page.click("#save")
     assert Path(download.value.path()).read_text().split() == [pair.key for pair in pairs[:3]]
+
+
+def several_captions() -> list[Suspect]:
+    """Six pairs of two pictures, which take turns."""
+    return [replace(pair, thumbnail=jpeg((0, 200 * (index % 2), 0))) for index, pair in enumerate(suspects(6))]
+
+
+def test_pairs_stand_by_picture(tmp_path, visit):
+    pairs = several_captions()
+    assert by_picture(pairs) == [pairs[::2], pairs[1::2]]
+    page = visit(gallery(tmp_path, pairs))
+    assert page.locator(".card").count() == every_picture_is_there(page) == 2
+    assert keys(page) == [pair.key for pair in pairs[::2] + pairs[1::2]]
+    page.select_option("#order", "-rank")
+    assert keys(page) == [pair.key for pair in pairs[::-2] + pairs[-2::-2]]
+    page.fill("#filter", pairs[0].key)
+    named = [pair.key for pair in pairs[::-2] + pairs[-2::-2] if pairs[0].key in (pair.key, pair.best_key)]
+    assert keys(page) == named
+
+
+def test_marks_are_saved_and_outlive_the_visit(tmp_path, visit):
+    pairs = several_captions()
+    page = visit(gallery(tmp_path, pairs))
+    page.locator(".pair").nth(1).get_by_role("button", name="Drop").click()
+    page.keyboard.press("Home")
+    page.keyboard.press("d")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("k")
+    shown = keys(page)
+    assert page.locator("#count").inner_text() == "6 of 6 pairs, 2 to drop, 1 to keep"
+    page.reload()
+    for which, expected in (("drop", {shown[0], shown[1]}), ("keep", {shown[2]})):
+        page.select_option("#which", which)
+        with page.expect_download() as download:
+            page.click("#save")
+        assert set(Path(download.value.path()).read_text().split()) == expected
+    # The same key once more takes the mark away.
+    page.locator(".pair").first.focus()
+    page.keyboard.press("d")
+    assert page.locator("#count").inner_text() == "6 of 6 pairs, 1 to drop, 1 to keep"
+
+
+def test_the_page_says_how_many_pairs_are_wrong(tmp_path, visit):
+    page = visit(gallery(tmp_path, suspects()))
+    said = " ".join(page.locator(".estimate").inner_text().split())
+    assert said.startswith("About 12,036 of 30,000 pairs do not belong together: 40 %, with a probability of 95 %")
+    heights = page.eval_on_selector_all(
+        ".histogram rect", "bars => bars.map(bar => Number(bar.getAttribute('height')))"
+    )
+    assert heights == pytest.approx([48 * 0.8**0.5, 0, 48 * 0.2**0.5, 48], abs=0.01)
+    assert page.locator(".likely").first.inner_text().startswith("0.69 % likely")
+
+
+def test_without_a_trained_model_there_is_no_cosine(tmp_path, visit):
+    page = visit(gallery(tmp_path, [replace(pair, cosine=None) for pair in suspects()]))
+    assert page.locator("option[value=cosine]").count() == 0
+    assert "cosine" not in page.locator(".where").first.inner_text()
 
 
 def test_the_keyboard_is_enough(tmp_path, visit):
@@ -225,7 +294,7 @@ def test_the_keyboard_is_enough(tmp_path, visit):
     assert len(keys(page)) == 8
     page.keyboard.press("Escape")
     assert len(keys(page)) == 12
-    for _ in range(3):  # the slider, the button, and then the first card
+    for _ in range(4):  # the slider, which keys, the button, and then the first pair
         page.keyboard.press("Tab")
     focused = "document.activeElement.dataset.key"
     assert page.evaluate(focused) == keys(page)[0]

@@ -1,61 +1,70 @@
-"""An audit: pairs are encoded, coupled window by window and judged; what was found becomes a ranking and a gallery."""
+"""An audit: pairs are encoded and judged window by window; out of it come a ranking, a gallery and clean data."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from openclip_otco.audit import AuditError, table
 from openclip_otco.audit.clean import check_target, write_clean
-from openclip_otco.audit.confidence import judge
+from openclip_otco.audit.encoder import PairEncoder
 from openclip_otco.audit.folder import AuditFolder
 from openclip_otco.audit.pairs import Pair, stream
-from openclip_otco.audit.score import Truth, auroc, estimated_share
+from openclip_otco.audit.score import Truth, auroc
 from openclip_otco.audit.source import Source
 from openclip_otco.audit.suspects import Worst
+from openclip_otco.audit.towers import load_towers
+from openclip_otco.audit.two_groups import overall
+from openclip_otco.audit.verdict import Verdict, judge_window
 from openclip_otco.audit.windows import windows
 from openclip_otco.evaluate import checkpoint as checkpoints
-from openclip_otco.evaluate.encoder import Encoder
-from openclip_otco.pages.gallery import Suspect, write_gallery
+from openclip_otco.pages.gallery import Estimate, Suspect, write_gallery
 from openclip_otco.solver import PlanSolver
 from openclip_otco.study.results import write_text
 
 TABLE, GALLERY, FACTS = "audit.parquet", "gallery.html", "audit.json"
+# Of the histogram of probabilities.
+_BINS = 40
+# Columns that are compared with a list of wrong pairs.
+_WITNESSES = ("probability", "structure", "log_density", "cosine")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Audit:
     """What to audit, and how.
 
     Args:
-        checkpoint: of OpenCLIP's training script.
         source: the pairs.
         out: folder for all that is found, and for the work on the way.
+        checkpoint: of OpenCLIP's training script; its plans are a witness.
+        towers: unimodal models that are one, as `load_towers` takes them. Without them the checkpoint's locked towers
+            are it, or else its whole model.
         model, precision, device: as `checkpoint.load` takes them.
-        window: pairs coupled at a time.
+        window: pairs judged at a time.
         epsilon: of the plans. Not the run's, as a large one makes wrong pairs look right.
         top: pairs in the gallery.
         batch_size: images encoded at once.
         workers: processes that decode images.
         truth: list of the pairs known to be wrong.
         clean: folder for the data without the dropped pairs.
-        threshold: pairs of less confidence are dropped.
-        drop: share of the pairs that is dropped, the least confident ones; with neither, as many as are estimated to be
+        threshold: pairs less likely to be matched are dropped.
+        drop: share of the pairs that is dropped, the least likely ones; with neither, as many as are estimated to be
             wrong.
         frozen_features: as `checkpoint.load` takes it.
     """
 
-    checkpoint: Path
     source: Source
     out: Path
+    checkpoint: Path | None = None
+    towers: str | None = None
     model: str | None = None
     precision: str | None = None
     device: str | None = None
@@ -76,6 +85,8 @@ class Audit:
         Raises:
             AuditError, EvaluationError: something that was given cannot be used.
         """
+        if self.checkpoint is None and self.towers is None:
+            raise AuditError("--towers: name the models that judge the pairs, by --towers, --checkpoint or both")
         for flag, value in (("--threshold", self.threshold), ("--drop", self.drop)):
             if value is not None and self.clean is None:
                 raise AuditError(f"{flag}: says what --write-clean DIR leaves out; give it too, or neither")
@@ -86,26 +97,34 @@ class Audit:
         folder = AuditFolder(self.out)
         with folder.opened(settings):
             if not folder.progress()[1]:
-                encoder = checkpoints.load(
-                    self.checkpoint, self.model, self.precision, self.device, self.frozen_features
-                )
+                encoder = self._encoder()
                 total = self.source.total()
                 # Not only once: parts may lie behind the one that is missing.
                 while not folder.progress()[1]:
-                    self._judge_missing(folder, encoder, settings["--epsilon"], total)
-                encoder.save_frozen()
+                    self._judge_missing(folder, encoder, total)
+                if encoder.trained is not None:
+                    encoder.trained.save_frozen()
             return self._report(folder, settings, truth)
+
+    def _encoder(self) -> PairEncoder:
+        trained = None
+        if self.checkpoint is not None:
+            trained = checkpoints.load(self.checkpoint, self.model, self.precision, self.device, self.frozen_features)
+        return PairEncoder(trained, load_towers(self.towers, self.device) if self.towers else None)
 
     def _settings(self) -> dict[str, Any]:
         """All that decides the rows, by flag."""
-        run = checkpoints.params(self.checkpoint)
-        if not self.checkpoint.is_file():
-            raise AuditError(f"--checkpoint {self.checkpoint}: no such file")
-        with self.checkpoint.open("rb") as file:
-            weights = hashlib.file_digest(file, "sha256").hexdigest()
+        weights, run = None, dict[str, Any]()
+        if self.checkpoint is not None:
+            if not self.checkpoint.is_file():
+                raise AuditError(f"--checkpoint {self.checkpoint}: no such file")
+            run = checkpoints.params(self.checkpoint)
+            with self.checkpoint.open("rb") as file:
+                weights = hashlib.file_digest(file, "sha256").hexdigest()
         data = hashlib.sha256(json.dumps(self.source.fingerprint()).encode()).hexdigest()
         return {
             "--checkpoint": weights,
+            "--towers": self.towers,
             "--model": self.model or run.get("model"),
             "--precision": self.precision or run.get("precision"),
             "--data": data,
@@ -114,10 +133,10 @@ class Audit:
             "--top": self.top,
         }
 
-    def _judge_missing(self, folder: AuditFolder, encoder: Encoder, epsilon: float, total: int | None) -> None:
+    def _judge_missing(self, folder: AuditFolder, encoder: PairEncoder, total: int | None) -> None:
         """Add parts to `folder`, from the first one that is missing to the next one that is there, or to the end."""
         start, _ = folder.progress()
-        solver = PlanSolver(epsilon=epsilon)
+        solver = PlanSolver(epsilon=self.epsilon)
         worst = Worst(self.top, _worst_so_far(folder.parts()))
         end = start
         with tqdm(total=total, initial=start.images, desc="audit", unit="image", disable=None) as bar:
@@ -130,8 +149,9 @@ class Audit:
                     yield pairs
 
             for window, following in windows(batches(), self.window):
-                rows = self._rows(window, solver, encoder.device, worst)
-                if folder.add(rows, following.cursor if following else end, last=following is None):
+                verdict = self._judge(window, solver, encoder.device)
+                rows = self._rows(window, verdict, worst)
+                if folder.add(rows, verdict.wrong, following.cursor if following else end, last=following is None):
                     return
         if not folder.parts():
             raise AuditError(
@@ -139,45 +159,55 @@ class Audit:
                 f"({end.unreadable} could not be read, {end.captionless} have no caption)"
             )
 
-    def _rows(self, window: list[Pair], solver: PlanSolver, device: torch.device, worst: Worst) -> list[table.Row]:
-        images = torch.stack([pair.image_feature for pair in window]).to(device)
-        texts = torch.stack([pair.text_feature for pair in window]).to(device)
+    @staticmethod
+    def _judge(window: list[Pair], solver: PlanSolver, device: torch.device) -> Verdict:
+        def stacked(rows: Iterable[Tensor]) -> Tensor:
+            return torch.stack(list(rows)).to(device)
+
+        towers = stacked(pair.image_tower for pair in window), stacked(pair.text_tower for pair in window)
+        known = [pair.trained for pair in window if pair.trained is not None]
+        trained = (stacked(image for image, _ in known), stacked(text for _, text in known)) if known else None
+        images, captions = [pair.image_digest for pair in window], [pair.caption for pair in window]
         try:
-            plan = solver.solve(images, texts)
+            return judge_window(solver, towers, trained, images, captions)
         except RuntimeError as error:
             raise AuditError(f"--epsilon {solver.epsilon}: {error}") from error
-        judged = judge(plan, [pair.image_digest for pair in window], [pair.caption for pair in window])
-        columns = (judged.log_confidence.tolist(), judged.cosine.tolist(), judged.best.tolist())
-        rows = []
-        for pair, log_confidence, cosine, index in zip(window, *columns, strict=True):
-            best = window[index] if index >= 0 else None
+
+    def _rows(self, window: list[Pair], verdict: Verdict, worst: Worst) -> list[table.Row]:
+        rows: list[table.Row] = []
+        for index, pair in enumerate(window):
+            best = window[verdict.best[index]] if verdict.best[index] >= 0 else None
             shard, sample, line = pair.place
             rows.append(
                 {
                     "key": pair.key,
                     "shard": self.source.names[shard],
                     "caption": pair.caption,
-                    "confidence": math.exp(log_confidence),
-                    "log_confidence": log_confidence,
-                    "cosine": cosine,
+                    "probability": float(verdict.probability[index]),
+                    "structure": float(verdict.structure[index]),
+                    "log_density": None if verdict.log_density is None else float(verdict.log_density[index]),
+                    "cosine": None if verdict.cosine is None else float(verdict.cosine[index]),
                     "best_caption": best and best.caption,
                     "best_key": best and best.key,
+                    "evidence": float(verdict.evidence[index]),
                     "shard_number": shard,
                     "sample": sample,
                     "line": line,
                 }
             )
         for row, pair in sorted(zip(rows, window, strict=True), key=lambda each: table.order(each[0]))[: self.top]:
-            if worst.admits(row["log_confidence"]):
+            if worst.admits(table.order(row)):
                 row["thumbnail"] = pair.thumbnail
         return rows
 
     def _report(self, folder: AuditFolder, settings: dict[str, Any], truth: Truth | None) -> dict[str, Any]:
         parts, (end, _) = folder.parts(), folder.progress()
-        total = sum(map(table.count, parts))
-        matched = sum(table.count(part) * _estimated_share(part) for part in parts) / total
-        dropped = round((1 - matched if self.drop is None else self.drop) * total) if self.threshold is None else 0
+        counts = [table.count(part) for part in parts]
+        total = sum(counts)
+        wrong = overall(folder.wrong_shares(), counts)
+        dropped = round((wrong.value if self.drop is None else self.drop) * total) if self.threshold is None else 0
         suspects: list[Suspect] = []
+        histogram = [0] * _BINS
         last_dropped = None
 
         def ranking(rows: Iterable[table.Row]) -> Iterator[table.Row]:
@@ -187,14 +217,17 @@ class Audit:
                     suspects.append(_suspect(row, rank))
                 if rank <= dropped:
                     last_dropped = table.order(row)
+                histogram[min(int(row["probability"] * _BINS), _BINS - 1)] += 1
                 yield {name: row.get(name) for name in table.TABLE.names} | {"rank": rank}
 
         with folder.scratch() as scratch:
             ranked = tqdm(table.ranked(parts, scratch), total=total, desc="table", unit="pair", disable=None)
             table.write(self.out / TABLE, ranking(ranked), table.TABLE)
+        low, high = wrong.interval()
         facts: dict[str, Any] = {
-            "checkpoint": self.checkpoint.name,
+            "checkpoint": self.checkpoint and self.checkpoint.name,
             "model": settings["--model"],
+            "towers": self.towers,
             "images": end.images,
             "unreadable": end.unreadable,
             "captionless": end.captionless,
@@ -202,21 +235,25 @@ class Audit:
             "windows": len(parts),
             "window": self.window,
             "epsilon": settings["--epsilon"],
-            "matched_share": matched,
+            "wrong_share": wrong.value,
+            "wrong_share_low": low,
+            "wrong_share_high": high,
         }
         if truth is not None:
             facts |= _scores(self.out / TABLE, truth)
-        write_gallery(self.out / GALLERY, suspects, facts, "Audit: pairs that may not belong together")
+        estimate = Estimate(total, wrong.value, low, high, histogram)
+        shown = {name: value for name, value in facts.items() if value is not None}
+        write_gallery(self.out / GALLERY, suspects, estimate, shown, "Audit: pairs that may not belong together")
         if self.clean is not None:
             if dropped == total and self.drop is None:
                 raise AuditError(
-                    "--write-clean: to this checkpoint no pair seems right; give one that was trained longer or with "
-                    "--loss otco, or say by --drop or --threshold what to leave out"
+                    "--write-clean: to these models no pair seems right; give others, or say by --drop or --threshold "
+                    "what to leave out"
                 )
 
             def keep(row: table.Row) -> bool:
                 if self.threshold is not None:
-                    return bool(row["confidence"] >= self.threshold)
+                    return bool(row["probability"] >= self.threshold)
                 return last_dropped is None or table.order(row) > last_dropped
 
             facts["clean_samples"], facts["not_written"] = write_clean(self.source, parts, keep, self.clean)
@@ -224,37 +261,32 @@ class Audit:
         return facts
 
 
-def _estimated_share(part: Path) -> float:
-    return estimated_share(torch.tensor([row["log_confidence"] for row in table.rows(part, ["log_confidence"])]))
-
-
-def _worst_so_far(parts: Iterable[Path]) -> Iterator[float]:
-    """The scores that had a thumbnail made."""
+def _worst_so_far(parts: Iterable[Path]) -> Iterator[table.Order]:
+    """Where the pairs rank that had a thumbnail made."""
     for part in parts:
-        for row in table.rows(part, ["log_confidence", "thumbnail"]):
+        for row in table.rows(part, [*table.ORDER, "thumbnail"]):
             if row["thumbnail"] is not None:
-                yield row["log_confidence"]
+                yield table.order(row)
 
 
 def _suspect(row: table.Row, rank: int) -> Suspect:
-    names = ("key", "shard", "caption", "confidence", "cosine", "thumbnail")
+    names = ("key", "shard", "caption", "probability", "structure", "cosine", "thumbnail")
     best = {name: row[name] or "" for name in ("best_key", "best_caption")}
     known: dict[str, Any] = {name: row[name] for name in names} | best
     return Suspect(rank=rank, **known)
 
 
 def _scores(path: Path, truth: Truth) -> dict[str, float | int]:
-    """AUROC of confidence, and of cosine similarity beside it."""
-    rows = [
-        (truth.is_wrong(row["key"]), row["log_confidence"], row["cosine"])
-        for row in table.rows(path, ["key", "log_confidence", "cosine"])
-    ]
-    wrong, confidence, cosine = zip(*rows, strict=True)
-    try:
-        return {
-            "wrong": sum(wrong),
-            "auroc_confidence": auroc(confidence, wrong),
-            "auroc_cosine": auroc(cosine, wrong),
-        }
-    except ValueError as error:
-        raise AuditError(f"--truth {truth.path}: lists {sum(wrong)} of {len(wrong)} pairs; {error}") from error
+    """How many pairs are known to be wrong, and AUROC of each witness."""
+    rows = list(table.rows(path, ["key", "rank", *_WITNESSES]))
+    wrong = [truth.is_wrong(row["key"]) for row in rows]
+    found: dict[str, float | int] = {"wrong": sum(wrong)}
+    for name in _WITNESSES:
+        # Equal probabilities are ordered all the same.
+        scores = [row["rank" if name == "probability" else name] for row in rows]
+        if None not in scores:
+            try:
+                found[f"auroc_{name}"] = auroc(scores, wrong)
+            except ValueError as error:
+                raise AuditError(f"--truth {truth.path}: lists {sum(wrong)} of {len(wrong)} pairs; {error}") from error
+    return found

@@ -108,8 +108,8 @@ def _samples(
     parts: Sequence[Path], keep: Callable[[table.Row], bool]
 ) -> Iterator[tuple[tuple[int, int], list[tuple[table.Row, bool]]]]:
     """Place, and rows with whether they are kept, of each sample, in the order of the data."""
-    # A part's rows lie in the order of their confidence. A sample may begin in one part and end in the next.
-    columns = ["key", "confidence", "log_confidence", "shard_number", "sample", "line"]
+    # A part's rows lie in the order of their ranks. A sample may begin in one part and end in the next.
+    columns = ["key", *table.ORDER]
     in_order = (row for part in parts for row in sorted(table.rows(part, columns), key=table.place))
     for where, group in itertools.groupby(in_order, key=lambda row: (row["shard_number"], row["sample"])):
         yield where, [(row, keep(row)) for row in group]

@@ -18,7 +18,13 @@ OK, INCOMPLETE, UNUSABLE = 0, 1, 2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `audit` to `parser`."""
     parser.add_argument(
-        "--checkpoint", metavar="CHECKPOINT", type=Path, required=True, help="runs/NAME/checkpoints/epoch_N.pt"
+        "--checkpoint", metavar="CHECKPOINT", type=Path, help="runs/NAME/checkpoints/epoch_N.pt, if there is one"
+    )
+    parser.add_argument(
+        "--towers",
+        metavar="NAME",
+        help="pretrained models that need no training on pairs: EfficientNet-Lite0-MiniLM-L6, or IMAGE+TEXT, a timm "
+        "model and a Hugging Face model or its folder (default: the checkpoint's locked towers, else its whole model)",
     )
     parser.add_argument(
         "--data", metavar="SHARDS", required=True, help="webdataset shards as for --train-data, or a .csv or .tsv file"
@@ -35,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv-img-key", default="filepath", help="for csv data, the column of paths (%(default)s)")
     parser.add_argument("--csv-caption-key", default="title", help="for csv data, that of captions (%(default)s)")
     parser.add_argument(
-        "--window", type=_positive, default=4096, metavar="N", help="pairs coupled at a time (%(default)s)"
+        "--window", type=_positive, default=4096, metavar="N", help="pairs judged at a time (%(default)s)"
     )
     parser.add_argument(
         "--epsilon",
@@ -55,9 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     least = parser.add_mutually_exclusive_group()
     least.add_argument(
-        "--threshold", type=_share, metavar="CONFIDENCE", help="--write-clean drops pairs of less confidence"
+        "--threshold", type=_share, metavar="PROBABILITY", help="--write-clean drops pairs that are less likely matched"
     )
-    least.add_argument("--drop", type=_share, metavar="SHARE", help="--write-clean drops that share, the worst")
+    least.add_argument(
+        "--drop",
+        type=_share_or_auto,
+        metavar="SHARE",
+        help="--write-clean drops that share, the worst; auto (default): as many as seem to be wrong",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,23 +79,25 @@ def run(args: argparse.Namespace) -> int:
     from openclip_otco.audit.source import open_source
 
     try:
+        columns = (args.csv_img_key, args.csv_caption_key, args.csv_separator)
         facts = Audit(
-            args.checkpoint,
-            open_source(args.data, args.csv_img_key, args.csv_caption_key, args.csv_separator, args.caption_lines),
-            args.out,
-            args.model,
-            args.precision,
-            args.device,
-            args.window,
-            args.epsilon,
-            args.top,
-            args.batch_size,
-            args.workers,
-            args.truth,
-            args.write_clean,
-            args.threshold,
-            args.drop,
-            args.frozen_features,
+            source=open_source(args.data, *columns, args.caption_lines),
+            out=args.out,
+            checkpoint=args.checkpoint,
+            towers=args.towers,
+            model=args.model,
+            precision=args.precision,
+            device=args.device,
+            window=args.window,
+            epsilon=args.epsilon,
+            top=args.top,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            truth=args.truth,
+            clean=args.write_clean,
+            threshold=args.threshold,
+            drop=args.drop,
+            frozen_features=args.frozen_features,
         ).run()
     except (AuditError, EvaluationError) as error:
         print(f"openclip-otco audit: {error}", file=sys.stderr)
@@ -105,22 +118,26 @@ def run(args: argparse.Namespace) -> int:
 
 def page(facts: dict[str, Any]) -> str:
     """The figures of an audit as Markdown."""
+    models = [f"{facts['checkpoint']} ({facts['model']})"] if facts["checkpoint"] else []
+    models += [facts["towers"]] if facts["towers"] else []
     lines = [
-        f"{facts['checkpoint']}: {facts['model']}, window {facts['window']}, epsilon {facts['epsilon']:g}",
+        f"{' and '.join(models)}, window {facts['window']}, epsilon {facts['epsilon']:g}",
         "",
         f"{facts['pairs']} pairs of {facts['images']} samples; {facts['unreadable']} could not be read, "
         f"{facts['captionless']} have no caption",
         "",
-        f"Estimated: {100 * (1 - facts['matched_share']):.1f} % of the pairs do not belong together",
+        f"Estimated: {100 * facts['wrong_share']:.1f} % of the pairs do not belong together (95 % interval: "
+        f"{100 * facts['wrong_share_low']:.1f} to {100 * facts['wrong_share_high']:.1f} %)",
     ]
-    if "auroc_confidence" in facts:
+    known = {name.removeprefix("auroc_"): value for name, value in facts.items() if name.startswith("auroc_")}
+    if known:
         lines += [
             "",
             f"AUROC against {facts['wrong']} wrong pairs:",
             "",
-            "| confidence | cosine |",
-            "| ---: | ---: |",
-            f"| {facts['auroc_confidence']:.4f} | {facts['auroc_cosine']:.4f} |",
+            f"| {' | '.join(known)} |",
+            f"| {' | '.join('---:' for _ in known)} |",
+            f"| {' | '.join(f'{value:.4f}' for value in known.values())} |",
         ]
     return "\n".join(lines)
 
@@ -144,6 +161,10 @@ def _positive_number(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError("must be a positive number")
     return number
+
+
+def _share_or_auto(text: str) -> float | None:
+    return None if text == "auto" else _share(text)
 
 
 def _share(text: str) -> float:

@@ -48,8 +48,8 @@ def judge(plan: TransportPlan, images: Sequence[Hashable], captions: Sequence[Ha
         captions: what tells the captions apart, `N` of them.
     """
     device = plan.f.device
-    image, first_image = _groups(images, device)
-    caption, first_caption = _groups(captions, device)
+    image, first_image = groups(images, device)
+    caption, first_caption = groups(captions, device)
     width = len(first_caption)
     pairs, pair = torch.unique(image * width + caption, return_inverse=True)
     row, column = pairs // width, pairs % width
@@ -79,7 +79,7 @@ def judge(plan: TransportPlan, images: Sequence[Hashable], captions: Sequence[Ha
     return Judgement(log_confidence[pair], cosine, best[image])
 
 
-def _groups(things: Sequence[Hashable], device: torch.device) -> tuple[Tensor, Tensor]:
+def groups(things: Sequence[Hashable], device: torch.device) -> tuple[Tensor, Tensor]:
     """Which group of equal things each is in, `(N,)`, groups numbered as they come; and where each comes first."""
     numbers: dict[Hashable, int] = {}
     group = [numbers.setdefault(thing, len(numbers)) for thing in things]

@@ -14,10 +14,11 @@ from typing import Any
 
 from openclip_otco.audit import AuditError, table
 from openclip_otco.audit.pairs import Cursor
+from openclip_otco.audit.two_groups import WrongShare
 from openclip_otco.study.results import write_text
 
 # Goes up whenever the same settings begin to give other parts.
-_VERSION = 2
+_VERSION = 3
 _STATE = "state.json"
 
 
@@ -75,15 +76,16 @@ class AuditFolder:
             found.append(path)
         return found
 
-    def add(self, rows: list[table.Row], end: Cursor, last: bool) -> bool:
+    def add(self, rows: list[table.Row], wrong: WrongShare, end: Cursor, last: bool) -> bool:
         """Keep the next part; whether the one behind it is there already.
 
         Args:
             rows: of the schema `PART` but for its order.
+            wrong: the share of them that is estimated to be wrong.
             end: where the next part begins.
             last: whether there is none.
         """
-        note = json.dumps({"end": asdict(end), "last": last})
+        note = json.dumps({"end": asdict(end), "last": last, "wrong": wrong})
         schema = table.PART.with_metadata({"audit": note})
         number = len(self.parts())
         table.write(self._part(number), sorted(rows, key=table.order), schema)
@@ -96,6 +98,10 @@ class AuditFolder:
             return Cursor(), False
         note = json.loads(table.metadata(parts[-1])["audit"])
         return Cursor(**note["end"]), note["last"]
+
+    def wrong_shares(self) -> list[WrongShare]:
+        """What was estimated of each finished part."""
+        return [WrongShare(*json.loads(table.metadata(part)["audit"])["wrong"]) for part in self.parts()]
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:

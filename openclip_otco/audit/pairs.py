@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from openclip_otco.audit.encoder import PairEncoder
 from openclip_otco.audit.source import RawSample, Source
 from openclip_otco.evaluate import samples
-from openclip_otco.evaluate.encoder import Encoder
 from openclip_otco.pages.thumbnail import thumbnail
 
 T = TypeVar("T")
@@ -52,7 +52,8 @@ class Pair:
         key, caption: as the data have them.
         image_digest: tells different images apart.
         thumbnail: the image as a small JPEG file.
-        image_feature, text_feature: `(d,)`, unit norm.
+        image_tower, text_tower: `(d,)` and `(e,)`, features of two towers for themselves.
+        trained: `(k,)` each, unit norm, the trained model's features of image and caption; None without one.
         cursor: where the stream begins with this pair.
     """
 
@@ -61,8 +62,9 @@ class Pair:
     caption: str
     image_digest: bytes
     thumbnail: bytes
-    image_feature: Tensor
-    text_feature: Tensor
+    image_tower: Tensor
+    text_tower: Tensor
+    trained: tuple[Tensor, Tensor] | None
     cursor: Cursor
 
 
@@ -89,7 +91,7 @@ class _Decoder:
     def __init__(self, source: Source, preprocess: Callable[[Any], Any]) -> None:
         self.source, self.preprocess = source, preprocess
 
-    def __getitem__(self, sample: RawSample) -> tuple[_Decoded, Tensor | None]:
+    def __getitem__(self, sample: RawSample) -> tuple[_Decoded, tuple[Tensor, ...] | None]:
         from webdataset.autodecode import imagehandler
 
         try:
@@ -114,14 +116,14 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _collate(batch: list[tuple[_Decoded, Tensor | None]]) -> tuple[list[_Decoded], Tensor | None]:
-    # One tensor, as each takes a file descriptor on its way out of a worker.
+def _collate(batch: list[tuple[_Decoded, tuple[Tensor, ...] | None]]) -> tuple[list[_Decoded], list[Tensor]]:
+    # One tensor for all images, as each takes a file descriptor on its way out of a worker.
     pixels = [image for _, image in batch if image is not None]
-    return [decoded for decoded, _ in batch], torch.stack(pixels) if pixels else None
+    return [decoded for decoded, _ in batch], [torch.stack(each) for each in zip(*pixels, strict=True)]
 
 
 def stream(
-    source: Source, encoder: Encoder, batch_size: int, workers: int, start: Cursor
+    source: Source, encoder: PairEncoder, batch_size: int, workers: int, start: Cursor
 ) -> Iterator[tuple[list[Pair], Cursor]]:
     """The pairs of `source` from `start` on, a batch at a time, each with the cursor behind it.
 
@@ -162,19 +164,29 @@ def stream(
 
 
 def _pairs(
-    decoded: list[_Decoded], pixels: Tensor | None, encoder: Encoder, batch_size: int, cursor: Cursor
+    decoded: list[_Decoded], pixels: list[Tensor], encoder: PairEncoder, batch_size: int, cursor: Cursor
 ) -> Iterator[Pair]:
-    if pixels is None:
+    if not pixels:
         return
     captioned = [sample for sample in decoded if sample.captions]
     captions = [caption for sample in captioned for caption in sample.captions]
-    texts = iter(torch.cat([encoder.texts(part) for part in _batches(captions, batch_size)]))
+    images, texts = encoder.images(pixels), [encoder.texts(part) for part in _batches(captions, batch_size)]
+    text_towers = torch.cat([text.tower for text in texts])
+    trained_texts = [row for text in texts if text.trained is not None for row in text.trained]
     number = 0
-    for sample, image in zip(captioned, encoder.images(list(pixels)), strict=True):
+    for index, sample in enumerate(captioned):
         for line, caption in enumerate(sample.captions):
-            place = (sample.shard, sample.number, line)
-            seen = (sample.image_digest, sample.thumbnail)
-            yield Pair(place, sample.key, caption, *seen, image, next(texts), replace(cursor, skip=number))
+            yield Pair(
+                (sample.shard, sample.number, line),
+                sample.key,
+                caption,
+                sample.image_digest,
+                sample.thumbnail,
+                images.tower[index],
+                text_towers[number],
+                None if images.trained is None else (images.trained[index], trained_texts[number]),
+                replace(cursor, skip=number),
+            )
             number += 1
 
 

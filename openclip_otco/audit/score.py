@@ -1,20 +1,16 @@
-"""How many pairs are right; and where it is known which, how well a score tells them from wrong ones."""
+"""Where it is known which pairs are wrong: how well a score tells them from right ones."""
 
 from __future__ import annotations
 
 import csv
-import math
 import re
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
 from scipy.stats import rankdata
-from torch import Tensor
 
 from openclip_otco.audit import AuditError
-from openclip_otco.mixture import matched_share
 
 
 class Truth:
@@ -60,18 +56,3 @@ def auroc(scores: ArrayLike, wrong: ArrayLike) -> float:
         raise ValueError("it takes both right and wrong pairs")
     ranks = rankdata(scores)[~wrong].sum() - right_count * (right_count + 1) / 2
     return float(ranks / (right_count * wrong_count))
-
-
-def estimated_share(log_confidence: Tensor) -> float:
-    """The share of a window's pairs that belong together, in `[0, 1]`, with nobody saying which.
-
-    The root of the confidence is a pair's share `s` of its row and column among `N`, of which a pair put together at
-    random has about `1/N`: so `N s/(1 - s)` is how much likelier the plan makes the pair than chance does, the density
-    that `mixture.matched_share` takes apart.
-
-    Args:
-        log_confidence: `(N,)`, of all pairs of the window.
-    """
-    log_share = log_confidence.double() / 2
-    log_odds = log_share - torch.log(-torch.expm1(log_share))
-    return float(matched_share(log_odds + math.log(len(log_share))))

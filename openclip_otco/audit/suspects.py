@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import heapq
+import bisect
 from collections.abc import Iterable
+
+from openclip_otco.audit.table import Order
 
 
 class Worst:
-    """The `top` lowest of the scores seen so far, and nothing else."""
+    """The first `top` pairs of the order seen so far, and nothing else."""
 
-    def __init__(self, top: int, scores: Iterable[float] = ()) -> None:
+    def __init__(self, top: int, seen: Iterable[Order] = ()) -> None:
         self.top = top
-        self._heap: list[float] = []  # negative, so that the highest of the lowest comes first
-        for score in scores:
-            self.admits(score)
+        self._first: list[Order] = []
+        for order in seen:
+            self.admits(order)
 
-    def admits(self, score: float) -> bool:
-        """Whether `score` is among the lowest now; if so, it is kept."""
-        if len(self._heap) < self.top:
-            heapq.heappush(self._heap, -score)
-            return True
-        if self._heap and -score > self._heap[0]:
-            heapq.heapreplace(self._heap, -score)
-            return True
-        return False
+    def admits(self, order: Order) -> bool:
+        """Whether `order` is among the first now; if so, it is kept."""
+        if len(self._first) == self.top and (not self.top or order >= self._first[-1]):
+            return False
+        bisect.insort(self._first, order)
+        del self._first[self.top :]
+        return True

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 Row = dict[str, Any]
+Order = tuple[float, float, tuple[int, int, int]]
 
 # What a user gets.
 TABLE = pa.schema(
@@ -20,24 +21,28 @@ TABLE = pa.schema(
         ("key", pa.string()),
         ("shard", pa.string()),
         ("caption", pa.string()),
-        ("confidence", pa.float64()),
-        ("log_confidence", pa.float64()),
+        ("probability", pa.float64()),
+        ("structure", pa.float64()),
+        ("log_density", pa.float64()),
         ("cosine", pa.float64()),
         ("best_caption", pa.string()),
         ("best_key", pa.string()),
         ("rank", pa.int64()),
     ]
 )
-# A part has no ranks yet. It has the places of its pairs, and thumbnails of those that were the worst so far.
+# A part has no ranks yet. It has what they are made by, and thumbnails of the pairs that were the worst so far.
 PART = pa.schema(
     [
         *(TABLE.field(name) for name in TABLE.names if name != "rank"),
+        ("evidence", pa.float64()),
         ("shard_number", pa.int64()),
         ("sample", pa.int64()),
         ("line", pa.int64()),
         ("thumbnail", pa.binary()),
     ]
 )
+# The columns of a part by which it is ranked.
+ORDER = ("probability", "evidence", "shard_number", "sample", "line")
 _FAN_IN = 64
 _ROWS = 1024
 _GROUP = 2**16
@@ -48,9 +53,9 @@ def place(row: Row) -> tuple[int, int, int]:
     return row["shard_number"], row["sample"], row["line"]
 
 
-def order(row: Row) -> tuple[float, tuple[int, int, int]]:
-    """By what the rows of a part are ranked: the least confident first, and those alike as they come in the data."""
-    return row["log_confidence"], place(row)
+def order(row: Row) -> Order:
+    """By what the rows of a part are ranked: the least likely first, and those alike as they come in the data."""
+    return row["probability"], row["evidence"], place(row)
 
 
 def rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:

@@ -8,6 +8,7 @@ that a higher score never makes a pair less likely to be matched. Decoys in this
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,10 @@ class WrongShare(NamedTuple):
 
     value: float
     error: float
+
+    def interval(self) -> tuple[float, float]:
+        """The bounds between which it lies with a probability of 95 %."""
+        return max(0.0, self.value - 1.96 * self.error), min(1.0, self.value + 1.96 * self.error)
 
 
 def separate(pairs: Array, decoys: Array) -> tuple[Array, Array]:
@@ -84,6 +89,13 @@ def wrong_share(pairs: Array, decoys: Array, image: ArrayLike, decoy_image: Arra
     influence = np.bincount(image, low - share, images) / len(pairs)
     influence -= np.bincount(decoy_image, share * (decoys_low / decoys_low.mean() - 1), images) / len(decoys)
     return WrongShare(float(share.clip(0, 1)), float(np.sqrt((influence**2).sum())))
+
+
+def overall(shares: Sequence[WrongShare], counts: Sequence[int]) -> WrongShare:
+    """The share of all pairs, from those of windows of `counts` pairs each."""
+    weights = np.array(counts) / sum(counts)
+    value = weights @ [share.value for share in shares]
+    return WrongShare(float(value), float(np.linalg.norm(weights * [share.error for share in shares])))
 
 
 def posterior(pairs: Array, decoys: Array, wrong: float) -> Array:

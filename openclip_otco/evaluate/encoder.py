@@ -42,9 +42,18 @@ class Encoder:
         Raises:
             EvaluationError: a feature is not finite.
         """
+        return self.images_and_tower(images)[0]
+
+    @torch.inference_mode()
+    def images_and_tower(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """`(n, d)` features of the model, and `(n, e)` of its image tower alone where that is locked, else the same.
+
+        Raises:
+            EvaluationError: a feature is not finite.
+        """
         batch = torch.stack(list(images)).to(self.device, self.input_dtype)
         with self.autocast():
-            return self._features(self.model.encode_image(batch), "image")
+            return self._both("image", batch, self.model.encode_image)
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
@@ -53,13 +62,34 @@ class Encoder:
         Raises:
             EvaluationError: a feature is not finite.
         """
+        return self.texts_and_tower(texts)[0]
+
+    @torch.inference_mode()
+    def texts_and_tower(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """`(n, d)` features of the model, and `(n, e)` of its text tower alone where that is locked, else the same.
+
+        Raises:
+            EvaluationError: a feature is not finite.
+        """
         tokens = self.tokenizer(list(texts)).to(self.device)
         with self.autocast():
-            return self._features(self.model.encode_text(tokens), "text")
+            return self._both("text", tokens, self.model.encode_text)
+
+    def _both(self, kind: str, inputs: Tensor, encode: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        for tower in self.frozen:
+            if tower.kind == kind:
+                features = tower(inputs)
+                # The tower takes its own features for an input that is encoded already.
+                return self._features(encode(features), kind), self._checked(features, kind)
+        features = self._features(encode(inputs), kind)
+        return features, features
 
     def _features(self, features: Tensor, kind: str) -> Tensor:
         # In float32: half precision would leave norms that differ by a percent, which reorders candidates.
-        features = torch.nn.functional.normalize(features.float(), dim=-1).cpu()
+        return self._checked(torch.nn.functional.normalize(features.float(), dim=-1), kind)
+
+    def _checked(self, features: Tensor, kind: str) -> Tensor:
+        features = features.float().cpu()
         # Nothing compares with NaN: every query would come out first.
         if not features.isfinite().all():
             raise EvaluationError(f"the model's {kind} features are not finite: it diverged, or needs --precision fp32")

@@ -76,6 +76,11 @@ def number(value: Any) -> str:
     return f"{value:.4g}" if math.isfinite(value) else str(value)
 
 
+def percent(share: float) -> str:
+    """A share as per cent, to two digits; no more than the estimates are worth."""
+    return f"{float(f'{100 * share:.2g}'):g} %" if share < 0.995 else f"{100 * share:.4g} %"
+
+
 @functools.cache
 def _environment() -> Environment:
     environment = Environment(
@@ -85,7 +90,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "jpeg_uri": jpeg_uri}
+    environment.filters |= {"number": number, "percent": percent, "jpeg_uri": jpeg_uri, "zip": zip}
     return environment
 
 

@@ -4,17 +4,40 @@
   if (!list) return;
   const [controls, order, filter, threshold] = ["controls", "order", "filter", "threshold"].map((id) =>
     document.getElementById(id));
-  const [limit, count, none, save] = ["limit", "count", "none", "save"].map((id) => document.getElementById(id));
-  const cards = [...list.children].map((element) => ({
+  const [limit, count, none, save, which, cut] = ["limit", "count", "none", "save", "which", "cut"].map((id) =>
+    document.getElementById(id));
+  const numbers = ["rank", "probability", "structure", "cosine"];
+  const pairs = [...list.querySelectorAll(".pair")].map((element) => ({
     element,
+    card: element.closest(".card"),
     key: element.dataset.key,
-    confidence: Number(element.dataset.confidence),
-    cosine: Number(element.dataset.cosine),
     text: element.textContent.toLowerCase(),
+    ...Object.fromEntries(numbers.map((name) => [name, Number(element.dataset[name])])),
   }));
-  // The slider moves by pairs, not by values: most confidences lie close to zero.
-  const confidences = cards.map((card) => card.confidence).sort((a, b) => a - b);
-  const shown = () => [...list.children].filter((element) => !element.hidden);
+  const cards = [...list.children];
+  // The slider moves by pairs, not by values: most of the pairs shown are about as unlikely.
+  const probabilities = pairs.map((pair) => pair.probability).sort((a, b) => a - b);
+  const shown = () => [...list.querySelectorAll(".card:not([hidden]) .pair:not([hidden])")];
+
+  // Marks outlive the visit where the browser lets a file keep something.
+  const store = `marks of ${location.pathname}`;
+  const recalled = () => { try { return JSON.parse(localStorage.getItem(store)) || {}; } catch { return {}; } };
+  const marks = new Map(Object.entries(recalled()).filter(([, mark]) => mark === "drop" || mark === "keep"));
+  const identity = (element) => `${element.dataset.rank} ${element.dataset.key}`;
+  const paint = (element) => {
+    const mark = marks.get(identity(element));
+    element.dataset.marked = mark || "";
+    for (const button of element.querySelectorAll("[data-mark]")) {
+      button.setAttribute("aria-pressed", String(button.dataset.mark === mark));
+    }
+  };
+  const mark = (element, what) => {
+    if (marks.get(identity(element)) === what) marks.delete(identity(element));
+    else marks.set(identity(element), what);
+    try { localStorage.setItem(store, JSON.stringify(Object.fromEntries(marks))); } catch { /* for this visit only */ }
+    paint(element);
+    tell();
+  };
 
   const sort = () => {
     const down = order.value.startsWith("-");
@@ -22,24 +45,37 @@
     const compare = by === "key"
       ? (a, b) => (a.key < b.key ? -1 : Number(a.key > b.key))
       : (a, b) => (down ? b[by] - a[by] : a[by] - b[by]);
-    list.append(...[...cards].sort(compare).map((card) => card.element));
+    const sorted = [...pairs].sort(compare);
+    for (const pair of sorted) pair.card.querySelector(".pairs").append(pair.element);
+    // A picture comes where the first of its pairs comes.
+    list.append(...new Set(sorted.map((pair) => pair.card)));
     enter(shown()[0]);
+  };
+  const percent = (value) => `${Number((100 * value).toPrecision(2))} %`;
+  const tell = () => {
+    const drops = [...marks.values()].filter((what) => what === "drop").length;
+    const left = shown().length;
+    count.textContent = `${left.toLocaleString("en")} of ${pairs.length.toLocaleString("en")} pairs`
+      + (marks.size ? `, ${drops} to drop, ${marks.size - drops} to keep` : "");
+    none.hidden = left > 0;
   };
   const sift = () => {
-    const most = confidences[Number(threshold.value) - 1];
+    const most = probabilities[Number(threshold.value) - 1];
     const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
-    let left = 0;
-    for (const card of cards) {
-      card.element.hidden = card.confidence > most || !words.every((word) => card.text.includes(word));
-      left += Number(!card.element.hidden);
+    for (const pair of pairs) {
+      pair.element.hidden = pair.probability > most || !words.every((word) => pair.text.includes(word));
     }
-    limit.textContent = String(Number(most.toPrecision(4)));
-    threshold.setAttribute("aria-valuetext", `confidence at most ${limit.textContent}`);
-    count.textContent = `${left.toLocaleString("en")} of ${cards.length.toLocaleString("en")} pairs`;
-    none.hidden = left > 0;
+    for (const card of cards) card.hidden = !card.querySelector(".pair:not([hidden])");
+    limit.textContent = percent(most);
+    threshold.setAttribute("aria-valuetext", `likely by at most ${limit.textContent}`);
+    const across = cut.ownerSVGElement.viewBox.baseVal.width * most;
+    cut.setAttribute("x1", across);
+    cut.setAttribute("x2", across);
+    cut.removeAttribute("hidden");
+    tell();
     enter(shown()[0]);
   };
-  // One card at a time is in the order of the Tab key, or a thousand would lie between the controls and the end.
+  // One pair at a time is in the order of the Tab key, or a thousand would lie between the controls and the end.
   const enter = (element, focus = false) => {
     for (const other of list.querySelectorAll("[tabindex='0']")) other.tabIndex = -1;
     if (!element) return;
@@ -49,11 +85,23 @@
   const steps = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Home: -Infinity, End: Infinity };
 
   list.addEventListener("keydown", (event) => {
-    if (!(event.key in steps) || event.ctrlKey || event.altKey || event.metaKey) return;
-    const visible = shown();
-    const to = visible.indexOf(document.activeElement) + steps[event.key];
-    enter(visible[Math.min(Math.max(to, 0), visible.length - 1)], true);
-    event.preventDefault();
+    if (event.ctrlKey || event.altKey || event.metaKey) return;
+    const pair = event.target.closest(".pair");
+    if (event.key in steps) {
+      const visible = shown();
+      const to = visible.indexOf(pair) + steps[event.key];
+      enter(visible[Math.min(Math.max(to, 0), visible.length - 1)], true);
+      event.preventDefault();
+    } else if (pair && (event.key === "d" || event.key === "k")) {
+      mark(pair, event.key === "d" ? "drop" : "keep");
+      event.preventDefault();
+    }
+  });
+  list.addEventListener("click", (event) => {
+    const button = event.target.closest("[data-mark]");
+    if (!button) return;
+    enter(button.closest(".pair"));
+    mark(button.closest(".pair"), button.dataset.mark);
   });
   document.addEventListener("keydown", (event) => {
     if (event.key === "/" && document.activeElement !== filter) {
@@ -65,10 +113,13 @@
     }
   });
   save.addEventListener("click", () => {
-    const keys = shown().map((element) => `${element.dataset.key}\n`).join("");
+    const chosen = which.value === "shown"
+      ? shown()
+      : pairs.map((pair) => pair.element).filter((element) => marks.get(identity(element)) === which.value);
+    const keys = chosen.map((element) => `${element.dataset.key}\n`).join("");
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([keys], { type: "text/plain" }));
-    link.download = "keys.txt";
+    link.download = `keys-${which.value}.txt`;
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
   });
@@ -77,6 +128,10 @@
   filter.addEventListener("input", sift);
   threshold.addEventListener("input", sift);
   controls.hidden = false;
-  for (const { element } of cards) element.tabIndex = -1;
+  for (const { element } of pairs) {
+    element.tabIndex = -1;
+    for (const button of element.querySelectorAll("button")) button.tabIndex = -1;
+    paint(element);
+  }
   sift();
 })();

@@ -1,0 +1,122 @@
+"""Unimodal towers: an image model of timm and a text model of Hugging Face, which never saw a pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openclip_otco.audit import AuditError
+from openclip_otco.evaluate import EvaluationError
+
+# Captions are short; what is longer is cut, as OpenCLIP cuts it.
+_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class UnimodalTowers:
+    """Two pretrained models, each with its own preparation of inputs; features are float32, on the CPU.
+
+    Attributes:
+        name: as `--towers` has it.
+        image_model: from `(n, 3, H, W)` to `(n, d)`.
+        text_model, tokenizer: of transformers; a caption's features are the mean over its tokens (Reimers and Gurevych,
+            *Sentence-BERT*, EMNLP 2019).
+        preprocess: from a picture to `(3, H, W)`.
+        device: where both models are.
+    """
+
+    name: str
+    image_model: Any
+    text_model: Any
+    tokenizer: Any
+    preprocess: Callable[[Any], Tensor]
+    device: torch.device
+
+    @torch.inference_mode()
+    def images(self, pixels: Tensor) -> Tensor:
+        """`(n, d)` features of `n` prepared images, `(n, 3, H, W)`.
+
+        Raises:
+            EvaluationError: a feature is not finite.
+        """
+        return self._checked(self.image_model(pixels.to(self.device)), "image")
+
+    @torch.inference_mode()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """`(n, e)` features of `n` texts.
+
+        Raises:
+            EvaluationError: a feature is not finite.
+        """
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=_TOKENS, return_tensors="pt")
+        tokens = tokens.to(self.device)
+        hidden = self.text_model(**tokens).last_hidden_state
+        mask = tokens["attention_mask"].unsqueeze(2).to(hidden.dtype)
+        return self._checked((hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1), "text")
+
+    def _checked(self, features: Tensor, kind: str) -> Tensor:
+        features = features.float().cpu()
+        if not features.isfinite().all():
+            raise EvaluationError(f"--towers {self.name}: the {kind} tower's features are not finite; name another one")
+        return features
+
+
+def load_towers(name: str, device: str | None = None) -> UnimodalTowers:
+    """The towers that `name` says, with pretrained weights.
+
+    Args:
+        name: a model of the package's registry, of which the towers are taken without their heads; or `IMAGE+TEXT`, a
+            name of timm's and a name or a folder of transformers'.
+        device: of torch; the best there is by default.
+
+    Raises:
+        AuditError: there is no such model, its weights cannot be had, or there is no such device.
+    """
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        image, text = _names(name)
+        return _load(name, image, text, place)
+    except AuditError:
+        raise
+    except Exception as error:  # timm, transformers and the hub have no common base
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise AuditError(
+            f"--towers {name}: cannot be loaded: {reason} (give a model of this package that has pretrained towers, "
+            "EfficientNet-Lite0-MiniLM-L6, or IMAGE+TEXT: a timm model, and a Hugging Face model or its folder)"
+        ) from error
+
+
+def _names(name: str) -> tuple[str, str]:
+    from openclip_otco.models import model_configs, prepare_model, register_models
+
+    image, plus, text = name.partition("+")
+    if plus:
+        return image, text
+    config = model_configs().get(name)
+    if config is None:
+        raise ValueError("there is no such model")
+    register_models()
+    prepare_model(name)
+    return config["vision_cfg"]["timm_model_name"], config["text_cfg"]["hf_model_name"]
+
+
+def _load(name: str, image: str, text: str, device: torch.device) -> UnimodalTowers:
+    import timm
+    from timm.data import create_transform, resolve_model_data_config
+    from transformers import AutoModel, AutoTokenizer
+
+    image_model = timm.create_model(image, pretrained=True, num_classes=0).eval().to(device)
+    # The whole picture: what the caption speaks of may lie at its edge.
+    preparation = resolve_model_data_config(image_model) | {"crop_pct": 1.0}
+    return UnimodalTowers(
+        name,
+        image_model,
+        AutoModel.from_pretrained(text).eval().to(device),
+        AutoTokenizer.from_pretrained(text),
+        create_transform(**preparation, is_training=False),
+        device,
+    )
