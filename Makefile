@@ -65,13 +65,12 @@ study: install
 page: install
 	$(BIN)/openclip-otco results docs/results --figures
 
-# After `make study`: audits of its runs, and plain CLIP on the shards that they keep.
+# After `make study`: what audits of its data find, and plain CLIP on the shards that they keep.
 study-cleaned: install
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/cleaned.py runs/flickr8k --truth "$$OPENCLIP_OTCO_FLICKR8K" \
-		--json runs/flickr8k/audit.json
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/audit_figures.py runs/flickr8k --truth "$$OPENCLIP_OTCO_FLICKR8K" \
+		--jsonl runs/flickr8k/audit.jsonl --write-clean
 	HF_HUB_OFFLINE=1 $(BIN)/openclip-otco compare flickr8k-cleaned --out runs/flickr8k --jobs 2
-	cp runs/flickr8k/results.jsonl runs/flickr8k/flickr8k-cleaned-results.jsonl
-	cp runs/flickr8k/table.md runs/flickr8k/flickr8k-cleaned-table.md
+	cp runs/flickr8k/results.jsonl runs/flickr8k/flickr8k-cleaned.jsonl
 
 bench: install
 	$(BIN)/python -m pip install --progress-bar off -e '.[bench]'

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +22,7 @@ from openclip_otco.audit.encoder import PairEncoder
 from openclip_otco.audit.folder import AuditFolder
 from openclip_otco.audit.pairs import Pair, stream
 from openclip_otco.audit.score import Truth, auroc
-from openclip_otco.audit.source import Source
+from openclip_otco.audit.source import ShardsOfRank, Source
 from openclip_otco.audit.suspects import Worst
 from openclip_otco.audit.towers import load_towers
 from openclip_otco.audit.two_groups import overall
@@ -31,6 +34,7 @@ from openclip_otco.solver import PlanSolver
 from openclip_otco.study.results import write_text
 
 TABLE, GALLERY, FACTS = "audit.parquet", "gallery.html", "audit.json"
+_SECONDS_BETWEEN_LOOKS = 1.0
 # Of the histogram of probabilities.
 _BINS = 40
 # Columns that are compared with a list of wrong pairs.
@@ -59,6 +63,8 @@ class Audit:
         drop: share of the pairs that is dropped, the least likely ones; with neither, as many as are estimated to be
             wrong.
         frozen_features: as `checkpoint.load` takes it.
+        rank, ranks: of several processes, each judges its share of the shards; the first one waits for the others and
+            writes what was found.
     """
 
     source: Source
@@ -78,15 +84,22 @@ class Audit:
     threshold: float | None = None
     drop: float | None = None
     frozen_features: Path | None = None
+    rank: int = 0
+    ranks: int = 1
 
     def run(self) -> dict[str, Any]:
-        """Do it, or what is left of it; the figures, which also stand in `audit.json`.
+        """Do it, or what is left of it.
+
+        Returns:
+            The figures, which also stand in `audit.json`; of a rank that is not the first, nothing.
 
         Raises:
             AuditError, EvaluationError: something that was given cannot be used.
         """
         if self.checkpoint is None and self.towers is None:
             raise AuditError("--towers: name the models that judge the pairs, by --towers, --checkpoint or both")
+        if self.rank >= self.ranks:
+            raise AuditError(f"--rank {self.rank}: must be below --ranks {self.ranks}")
         for flag, value in (("--threshold", self.threshold), ("--drop", self.drop)):
             if value is not None and self.clean is None:
                 raise AuditError(f"{flag}: says what --write-clean DIR leaves out; give it too, or neither")
@@ -94,23 +107,27 @@ class Audit:
             check_target(self.clean, self.source)
         truth = Truth(self.truth) if self.truth is not None else None
         settings = self._settings()
-        folder = AuditFolder(self.out)
+        share: Source = self.source if self.ranks == 1 else ShardsOfRank(self.source, self.rank, self.ranks)
+        folder = AuditFolder(self.out, self.rank, self.ranks)
         with folder.opened(settings):
             if not folder.progress()[1]:
                 encoder = self._encoder()
-                total = self.source.total()
+                total = share.total()
                 # Not only once: parts may lie behind the one that is missing.
                 while not folder.progress()[1]:
-                    self._judge_missing(folder, encoder, total)
+                    self._judge_missing(folder, share, encoder, total)
                 if encoder.trained is not None:
                     encoder.trained.save_frozen()
+            if self.rank:
+                return {}
+            _wait_for(folder)
             return self._report(folder, settings, truth)
 
     def _encoder(self) -> PairEncoder:
-        trained = None
+        trained, device = None, self.device or _own_gpu()
         if self.checkpoint is not None:
-            trained = checkpoints.load(self.checkpoint, self.model, self.precision, self.device, self.frozen_features)
-        return PairEncoder(trained, load_towers(self.towers, self.device) if self.towers else None)
+            trained = checkpoints.load(self.checkpoint, self.model, self.precision, device, self.frozen_features)
+        return PairEncoder(trained, load_towers(self.towers, device) if self.towers else None)
 
     def _settings(self) -> dict[str, Any]:
         """All that decides the rows, by flag."""
@@ -131,9 +148,10 @@ class Audit:
             "--window": self.window,
             "--epsilon": float(self.epsilon),
             "--top": self.top,
+            "--ranks": self.ranks,
         }
 
-    def _judge_missing(self, folder: AuditFolder, encoder: PairEncoder, total: int | None) -> None:
+    def _judge_missing(self, folder: AuditFolder, source: Source, encoder: PairEncoder, total: int | None) -> None:
         """Add parts to `folder`, from the first one that is missing to the next one that is there, or to the end."""
         start, _ = folder.progress()
         solver = PlanSolver(epsilon=self.epsilon)
@@ -143,7 +161,7 @@ class Audit:
 
             def batches() -> Iterator[list[Pair]]:
                 nonlocal end
-                for pairs, behind in stream(self.source, encoder, self.batch_size, self.workers, start):
+                for pairs, behind in stream(source, encoder, self.batch_size, self.workers, start):
                     bar.update(behind.images - end.images)
                     end = behind
                     yield pairs
@@ -201,36 +219,27 @@ class Audit:
         return rows
 
     def _report(self, folder: AuditFolder, settings: dict[str, Any], truth: Truth | None) -> dict[str, Any]:
-        parts, (end, _) = folder.parts(), folder.progress()
+        ranks = folder.of_ranks()
+        parts = [part for rank in ranks for part in rank.parts()]
+        ends = [rank.progress()[0] for rank in ranks]
         counts = [table.count(part) for part in parts]
         total = sum(counts)
-        wrong = overall(folder.wrong_shares(), counts)
+        wrong = overall([share for rank in ranks for share in rank.wrong_shares()], counts)
         dropped = round((wrong.value if self.drop is None else self.drop) * total) if self.threshold is None else 0
-        suspects: list[Suspect] = []
-        histogram = [0] * _BINS
-        last_dropped = None
-
-        def ranking(rows: Iterable[table.Row]) -> Iterator[table.Row]:
-            nonlocal last_dropped
-            for rank, row in enumerate(rows, start=1):
-                if rank <= self.top:
-                    suspects.append(_suspect(row, rank))
-                if rank <= dropped:
-                    last_dropped = table.order(row)
-                histogram[min(int(row["probability"] * _BINS), _BINS - 1)] += 1
-                yield {name: row.get(name) for name in table.TABLE.names} | {"rank": rank}
-
         with folder.scratch() as scratch:
-            ranked = tqdm(table.ranked(parts, scratch), total=total, desc="table", unit="pair", disable=None)
-            table.write(self.out / TABLE, ranking(ranked), table.TABLE)
+            ranking = table.Ranking(parts, scratch)
+            ranking.write(self.out / TABLE)
+            suspects = [_suspect(row, rank) for rank, row in enumerate(ranking.first(self.top), start=1)]
+            last_dropped = table.order(ranking.first(1, dropped - 1)[0]) if dropped else None
+            histogram = ranking.histogram(_BINS)
         low, high = wrong.interval()
         facts: dict[str, Any] = {
             "checkpoint": self.checkpoint and self.checkpoint.name,
             "model": settings["--model"],
             "towers": self.towers,
-            "images": end.images,
-            "unreadable": end.unreadable,
-            "captionless": end.captionless,
+            "images": sum(end.images for end in ends),
+            "unreadable": sum(end.unreadable for end in ends),
+            "captionless": sum(end.captionless for end in ends),
             "pairs": total,
             "windows": len(parts),
             "window": self.window,
@@ -259,6 +268,22 @@ class Audit:
             facts["clean_samples"], facts["not_written"] = write_clean(self.source, parts, keep, self.clean)
         write_text(self.out / FACTS, json.dumps(facts, indent=1) + "\n")
         return facts
+
+
+def _own_gpu() -> str | None:
+    """Of a process that torchrun started, the GPU that no other one of its machine has."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if local and torch.cuda.is_available() else None
+
+
+def _wait_for(folder: AuditFolder) -> None:
+    """Until all ranks have judged their share; says which ones it waits for."""
+    told: list[int] = []
+    while missing := [each.rank for each in folder.of_ranks() if not each.progress()[1]]:
+        if missing != told:
+            print(f"openclip-otco audit: waiting for ranks {', '.join(map(str, missing))}", file=sys.stderr)
+        told = missing
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
 def _worst_so_far(parts: Iterable[Path]) -> Iterator[table.Order]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_caption_lines(parser)
     parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images at once (%(default)s)")
     parser.add_argument("--workers", type=_count, default=1, metavar="N", help="processes that decode (%(default)s)")
+    parser.add_argument(
+        "--ranks",
+        type=_positive,
+        default=os.environ.get("WORLD_SIZE", "1"),
+        metavar="N",
+        help="processes that share the shards, each started with its --rank (default: torchrun's WORLD_SIZE, else 1)",
+    )
+    parser.add_argument(
+        "--rank",
+        type=_count,
+        default=os.environ.get("RANK", "0"),
+        metavar="R",
+        help="which of them this one is, from 0; the first one writes the table (default: torchrun's RANK, else 0)",
+    )
     parser.add_argument("--csv-separator", default="\t", help="for csv data, which separator to use (tab)")
     parser.add_argument("--csv-img-key", default="filepath", help="for csv data, the column of paths (%(default)s)")
     parser.add_argument("--csv-caption-key", default="title", help="for csv data, that of captions (%(default)s)")
@@ -98,10 +113,14 @@ def run(args: argparse.Namespace) -> int:
             threshold=args.threshold,
             drop=args.drop,
             frozen_features=args.frozen_features,
+            rank=args.rank,
+            ranks=args.ranks,
         ).run()
     except (AuditError, EvaluationError) as error:
         print(f"openclip-otco audit: {error}", file=sys.stderr)
         return UNUSABLE
+    if not facts:  # another rank has them
+        return OK
     print(page(facts))
     print(f"\nAll pairs, the worst first: {args.out / TABLE}\nThe worst as a page: {args.out / GALLERY}")
     if args.write_clean is not None:

@@ -30,11 +30,17 @@ class AuditFolder:
 
     Args:
         path: the folder.
+        rank, ranks: of several processes that share the work, each has parts of its own.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._parts = path / "parts"
+    def __init__(self, path: Path, rank: int = 0, ranks: int = 1) -> None:
+        self.path, self.rank, self.ranks = path, rank, ranks
+        self._all_parts = path / "parts"
+        self._parts = self._all_parts if ranks == 1 else self._all_parts / f"rank-{rank:05d}"
+
+    def of_ranks(self) -> list[AuditFolder]:
+        """The same folder as each rank has it."""
+        return [AuditFolder(self.path, rank, self.ranks) for rank in range(self.ranks)]
 
     @contextlib.contextmanager
     def opened(self, settings: dict[str, Any]) -> Iterator[None]:
@@ -48,26 +54,32 @@ class AuditFolder:
         """
         state = json.loads(json.dumps({"version": _VERSION, **settings}))
         try:
-            found = self._state()
-            if found is None and self._has_strangers():
+            if self._has_strangers():
                 raise AuditError(f"--out {self.path}: holds something that is no audit; name a new folder")
             self._parts.mkdir(parents=True, exist_ok=True)
+            with _locked(self._all_parts / ".state.lock"):
+                self._claim(state)
             with open(self._parts / ".lock", "a") as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise AuditError(f"--out {self.path}: another audit is at work in it; wait for it") from None
-                if found is None:
-                    write_text(self.path / _STATE, json.dumps(state, indent=1) + "\n")
-                elif differ := [name for name in state if found.get(name) != state[name]]:
-                    raise AuditError(
-                        f"--out {self.path}: holds another audit, which differs in {', '.join(differ)}; "
-                        "name another folder, or delete this one"
-                    )
                 self._drop_broken()
                 yield
         except OSError as error:
             raise AuditError(f"--out {self.path}: cannot be used: {error}") from error
+
+    def _claim(self, state: dict[str, Any]) -> None:
+        found = self._state()
+        if found is None and any(self._all_parts.rglob("*.parquet")):
+            raise AuditError(f"--out {self.path}: holds something that is no audit; name a new folder")
+        if found is None:
+            write_text(self.path / _STATE, json.dumps(state, indent=1) + "\n")
+        elif differ := [name for name in state if found.get(name) != state[name]]:
+            raise AuditError(
+                f"--out {self.path}: holds another audit, which differs in {', '.join(differ)}; "
+                "name another folder, or delete this one"
+            )
 
     def parts(self) -> list[Path]:
         """The finished parts, in the order of the data."""
@@ -106,7 +118,7 @@ class AuditFolder:
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
         """An empty folder that is gone afterwards."""
-        path = self.path / "parts" / ".scratch"
+        path = self._all_parts / ".scratch"
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir()
         try:
@@ -132,9 +144,17 @@ class AuditFolder:
         return found
 
     def _has_strangers(self) -> bool:
-        """Whether there is more in the folder than an audit leaves that was killed at its very start."""
-        there = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
-        return bool(there - {self._parts.name, f"{_STATE}.part"} or self.parts())
+        """Whether there is more in the folder than an audit leaves."""
+        if (self.path / _STATE).exists() or not self.path.exists():
+            return False
+        return any(path.name not in (self._all_parts.name, f"{_STATE}.part") for path in self.path.iterdir())
 
     def _part(self, number: int) -> Path:
         return self._parts / f"{number:06d}.parquet"
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

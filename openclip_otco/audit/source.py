@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,7 +38,10 @@ class RawSample:
 class Source(Protocol):
     """Samples in an order that is always the same."""
 
-    names: list[str]
+    @property
+    def names(self) -> Sequence[str]:
+        """Of its shards."""
+        ...
 
     def samples(self, shard: int = 0, number: int = 0) -> Iterator[RawSample]:
         """The samples from sample `number` of shard `shard` on.
@@ -190,6 +193,56 @@ class CsvRows:
         return [
             [str(self.path), *_stat(self.path), self.image_key, self.caption_key, self.separator],
         ]
+
+
+@dataclass(frozen=True)
+class ShardsOfRank:
+    """The shards that one of several processes judges: neighbours, and about as many as any other's.
+
+    Args:
+        whole: all shards.
+        rank, ranks: of the process.
+
+    Raises:
+        AuditError: there are fewer shards than processes, or the data are a table.
+    """
+
+    whole: Source
+    rank: int
+    ranks: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.whole, Shards):
+            raise AuditError(f"--ranks {self.ranks}: is for shards, and {self.names[0]} is a table; drop the flag")
+        if len(self.names) < self.ranks:
+            raise AuditError(f"--ranks {self.ranks}: there are {len(self.names)} shards; give at most as many ranks")
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self.whole.names
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The first of its shards, and the first behind them."""
+        count = len(self.names)
+        return count * self.rank // self.ranks, count * (self.rank + 1) // self.ranks
+
+    def samples(self, shard: int = 0, number: int = 0) -> Iterator[RawSample]:
+        first, behind = self.bounds
+        start = (shard, number) if shard >= first else (first, 0)
+        for sample in self.whole.samples(*start):
+            if sample.shard >= behind:
+                return
+            yield sample
+
+    def captions(self, sample: RawSample) -> list[str]:
+        return self.whole.captions(sample)
+
+    def total(self) -> int | None:
+        return None
+
+    def fingerprint(self) -> list[Any]:
+        return self.whole.fingerprint()
 
 
 def open_source(data: str, image_key: str, caption_key: str, separator: str, caption_lines: bool = False) -> Source:

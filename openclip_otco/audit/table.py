@@ -1,14 +1,16 @@
-"""Tables of judged pairs: a part for each window, and the ranking of all pairs, merged from the parts."""
+"""Tables of judged pairs: a part for each window, and the ranking of all pairs."""
 
 from __future__ import annotations
 
-import heapq
+import contextlib
+import glob
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -43,7 +45,8 @@ PART = pa.schema(
 )
 # The columns of a part by which it is ranked.
 ORDER = ("probability", "evidence", "shard_number", "sample", "line")
-_FAN_IN = 64
+# Of the ranking; what does not fit goes to the disk.
+_MEMORY = "512MiB"
 _ROWS = 1024
 _GROUP = 2**16
 
@@ -67,14 +70,20 @@ def rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
 
 def write(path: Path, content: Iterable[Row], schema: pa.Schema) -> None:
     """Write a Parquet file, whole or not at all, some rows at a time; it is on the disk before it has its name."""
-    partial = path.with_name(f"{path.name}.partial")
     content = iter(content)
     # Of thumbnails, statistics would be copies.
     described = [name for name in schema.names if name != "thumbnail"]
     options = {"compression": "zstd", "write_page_checksum": True, "write_statistics": described}
-    with pq.ParquetWriter(partial, schema, **options) as writer:
+    with _appearing(path) as partial, pq.ParquetWriter(partial, schema, **options) as writer:
         while group := list(itertools.islice(content, _GROUP)):
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
+
+
+@contextlib.contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    """A file to be written that then takes the place of `path`; it is on the disk before it has that name."""
+    partial = path.with_name(f"{path.name}.partial")
+    yield partial
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -91,27 +100,44 @@ def is_whole(path: Path) -> bool:
     return True
 
 
-def ranked(parts: Sequence[Path], scratch: Path, fan_in: int = _FAN_IN) -> Iterator[Row]:
-    """The rows of all `parts` in `order`, which the rows of each part are in already.
-
-    Merged some files at a time, so that memory does not grow with their number.
+class Ranking:
+    """All pairs of an audit in their order, the least likely first. DuckDB sorts them, on the disk where they are many.
 
     Args:
         parts: Parquet files of the schema `PART`.
-        scratch: an existing folder for what is merged on the way.
-        fan_in: files merged at once.
+        scratch: an existing folder for what is sorted on the way.
     """
-    paths, made = list(parts), 0
-    while len(paths) > fan_in:
-        group, paths = paths[:fan_in], paths[fan_in:]
-        merged = scratch / f"{made}.parquet"
-        write(merged, heapq.merge(*map(rows, group), key=order), PART)
-        for path in group:
-            if path.parent == scratch:
-                path.unlink()
-        paths.append(merged)
-        made += 1
-    yield from heapq.merge(*map(rows, paths), key=order)
+
+    def __init__(self, parts: Sequence[Path], scratch: Path) -> None:
+        self._database = duckdb.connect()
+        self._database.execute(f"SET memory_limit = '{_MEMORY}'")
+        self._database.execute("SET temp_directory = ?", [str(scratch)])
+        # A user's folder may be called [1] or *.
+        names = [glob.escape(str(part)) for part in parts]
+        self._database.read_parquet(names).create_view("parts")
+
+    def write(self, path: Path) -> None:
+        """Write all pairs with their ranks, counted from 1, whole or not at all."""
+        columns = ", ".join(name for name in TABLE.names if name != "rank")
+        ranked = self._database.sql(
+            f"SELECT {columns}, row_number() OVER (ORDER BY {', '.join(ORDER)}) AS rank FROM parts ORDER BY rank"
+        )
+        with _appearing(path) as partial:
+            ranked.write_parquet(str(partial), compression="zstd")
+
+    def first(self, count: int, skip: int = 0) -> list[Row]:
+        """`count` rows of `PART` from the one behind the first `skip` on, in order."""
+        found = self._database.sql(f"FROM parts ORDER BY {', '.join(ORDER)} LIMIT {count} OFFSET {skip}")
+        rows: list[Row] = found.to_arrow_table().to_pylist()
+        return rows
+
+    def histogram(self, bins: int) -> list[int]:
+        """Number of pairs by probability, in bins of equal width from 0 to 1."""
+        found = self._database.sql(
+            f"SELECT least(floor(probability * {bins}), {bins - 1})::INTEGER AS bin, count(*) FROM parts GROUP BY bin"
+        )
+        counts = dict(found.fetchall())
+        return [counts.get(number, 0) for number in range(bins)]
 
 
 def metadata(path: Path) -> dict[str, str]:
