@@ -1,7 +1,7 @@
 """Throughput of `openclip-otco audit` beside that of its encoder alone, both from one run.
 
-`python benchmarks/audit.py CHECKPOINT SHARDS FILE.json`; all but the last argument as `audit` takes them. What locked
-towers remembered from a training is forgotten: every image and every caption is encoded. Clocks run around what the
+`python benchmarks/audit.py SHARDS FILE.json --towers NAME`, or `--checkpoint`, or both; arguments are as `audit` takes
+them, but for the file. Every image and every caption is encoded. Clocks run around what the
 encoder does, and around what the loader and the encoder do together; the rest of the time is the audit's own: plans,
 judgements, parts, the ranking and the gallery.
 """
@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 from openclip_otco.audit import audit
+from openclip_otco.audit.encoder import PairEncoder
 from openclip_otco.audit.source import open_source
-from openclip_otco.evaluate import checkpoint
-from openclip_otco.evaluate.encoder import Encoder
 
 
 class Clock:
@@ -52,9 +51,10 @@ class Clock:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path)
     parser.add_argument("data")
     parser.add_argument("json", type=Path)
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--towers")
     parser.add_argument("--window", type=int, default=4096)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=1)
@@ -62,17 +62,17 @@ def main() -> None:
     args = parser.parse_args()
 
     encoding, streaming, loading = Clock(), Clock(), Clock()
-    load = checkpoint.load
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.load = loading.around(load)
+        audit.Audit._encoder = loading.around(audit.Audit._encoder)  # type: ignore[method-assign]
         audit.stream = streaming.around_each(audit.stream)
-        Encoder.images = encoding.around(Encoder.images)  # type: ignore[method-assign]
-        Encoder.texts = encoding.around(Encoder.texts)  # type: ignore[method-assign]
+        PairEncoder.images = encoding.around(PairEncoder.images)  # type: ignore[method-assign]
+        PairEncoder.texts = encoding.around(PairEncoder.texts)  # type: ignore[method-assign]
         started = time.perf_counter()
         facts = audit.Audit(
-            args.checkpoint,
-            open_source(args.data, "filepath", "title", "\t"),
-            Path(folder) / "out",
+            source=open_source(args.data, "filepath", "title", "\t"),
+            out=Path(folder) / "out",
+            checkpoint=args.checkpoint,
+            towers=args.towers,
             window=args.window,
             batch_size=args.batch_size,
             workers=args.workers,
@@ -84,7 +84,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "workers": args.workers,
         "batch_size": args.batch_size,
-        **{name: facts[name] for name in ("model", "pairs", "windows", "window", "epsilon")},
+        **{name: facts[name] for name in ("model", "towers", "pairs", "windows", "window", "epsilon")},
         "seconds": round(seconds, 2),
         "seconds_of_loader_and_encoder": round(streaming.seconds, 2),
         "seconds_of_encoder": round(encoding.seconds, 2),

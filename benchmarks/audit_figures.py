@@ -29,7 +29,7 @@ from torchmetrics.functional.classification import binary_average_precision
 from tqdm import tqdm
 
 from openclip_otco.audit import table
-from openclip_otco.audit.canonical import canonical_space
+from openclip_otco.audit.canonical import Moments, canonical_space
 from openclip_otco.audit.clean import write_clean
 from openclip_otco.audit.confidence import judge
 from openclip_otco.audit.decoys import draw_decoys
@@ -155,7 +155,7 @@ def without_training(setting: Setting) -> Iterator[dict[str, Any]]:
         fold, cosine = draw_decoys(window.image, window.caption, 4, 1).fold, torch.empty(len(images))
         for number in range(4):
             here = fold == number
-            space = canonical_space(images[~here], texts[~here], torch.ones(int((~here).sum())))
+            space = canonical_space(Moments.of(images[~here], texts[~here], torch.ones(int((~here).sum()))))
             cosine[here] = (space.images(images[here]) * space.texts(texts[here])).sum(dim=1)
         return cosine.numpy()
 

@@ -121,10 +121,10 @@ def main() -> None:
         torch.save(open_clip.create_model(MODEL, pretrained_text=False).state_dict(), weights)
         shard = f"pipe:{sys.executable} {__file__} --emit {args.pairs}"
         facts = audit.Audit(
-            weights,
-            open_source(shard, "filepath", "title", "\t"),
-            Path(folder) / "out",
-            MODEL,
+            source=open_source(shard, "filepath", "title", "\t"),
+            out=Path(folder) / "out",
+            checkpoint=weights,
+            model=MODEL,
             device="cpu",
             window=args.window,
             batch_size=args.batch_size,

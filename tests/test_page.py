@@ -13,7 +13,7 @@ import scipy.stats
 from openclip_otco import cli
 from openclip_otco.study import results
 from openclip_otco.study.log import RECALLS
-from openclip_otco.study.page import TEMPLATE, Spread, StudyResults
+from openclip_otco.study.page import TEMPLATE, Spread, StudyResults, page
 from openclip_otco.study.results import Result
 from openclip_otco.study.study import arguments, load
 
@@ -68,8 +68,8 @@ def folder(tmp_path: Path) -> Path:
 def made(folder: Path, template: str, *words: str) -> tuple[int, str]:
     (folder / TEMPLATE).write_text(template)
     code = cli.main(["results", str(folder), *words])
-    page = folder.with_suffix(".md")
-    return code, page.read_text() if page.is_file() else ""
+    written = folder.with_suffix(".md")
+    return code, written.read_text() if written.is_file() else ""
 
 
 def test_numbers_are_those_of_the_runs(folder: Path) -> None:
@@ -114,19 +114,19 @@ def test_a_spread_as_text() -> None:
 
 
 def test_a_page(folder: Path) -> None:
-    code, page = made(folder, '{% set main = study("flickr8k-frozen") %}{{ main.rsum("clean", "clip") }}, '
+    code, text = made(folder, '{% set main = study("flickr8k-frozen") %}{{ main.rsum("clean", "clip") }}, '
                       '{{ "%.2f" | format(main.ratio("mismatch-40", "otco")) }} ×\n\n{{ main.table() }}\n\n'
                       '{{ main.against() }}\n\n![]({{ main.figure("noise") }})\n', "--figures")  # fmt: skip
     assert code == 0
     mean = np.mean([rsum(r) for r in RECALL["clean", "clip"]])
-    assert f"\n{mean:.1f} ± " in page
-    assert " 1.54 ×" in page
-    assert "| clean | clip | 3 |" in page
-    assert "s/step" not in page
-    assert f"![](found/{STUDY}-noise.png)" in page
+    assert f"\n{mean:.1f} ± " in text
+    assert " 1.54 ×" in text
+    assert "| clean | clip | 3 |" in text
+    assert "s/step" not in text
+    assert f"![](found/{STUDY}-noise.png)" in text
     assert sorted(path.name for path in folder.iterdir()) == [f"{STUDY}-noise.png", f"{STUDY}.jsonl", TEMPLATE]
     # The same page again, and nothing drawn.
-    assert made(folder, (folder / TEMPLATE).read_text()) == (0, page)
+    assert made(folder, (folder / TEMPLATE).read_text()) == (0, text)
 
 
 def test_without_all_captions_the_last_epoch_counts(folder: Path) -> None:
@@ -147,8 +147,7 @@ def test_without_all_captions_the_last_epoch_counts(folder: Path) -> None:
     ],
 )
 def test_a_page_that_cannot_be_made(folder: Path, template: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, page = made(folder, template)
-    assert (code, page) == (2, "")
+    assert made(folder, template) == (2, "")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("openclip-otco results: ")
     assert told in line
@@ -159,10 +158,50 @@ def test_no_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert f"{tmp_path / TEMPLATE} is missing" in capsys.readouterr().err
 
 
-def test_the_committed_page_is_the_one_that_the_runs_give() -> None:
-    from openclip_otco.study.page import page
+@pytest.fixture
+def scores(folder: Path) -> Path:
+    values = {"cosine": (0.9, 0.92, 0.91), "both": (0.95, 0.96, 0.97)}
+    lines: list[dict[str, Any]] = [
+        {"score": score, "seed": seed, "auroc": auroc} for score in values for seed, auroc in enumerate(values[score])
+    ]
+    lines += [{"score": "towers", "seed": None, "auroc": 0.94}, {"score": "towers", "share": 0.4}]
+    (folder / "scores.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return folder
 
-    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == page(ROOT / "docs" / "results")
+
+def test_lines_of_another_list(scores: Path) -> None:
+    (scores / "other.md.jinja").write_text(
+        '{% set all = lines("scores") %}{{ all.where(score="both").spread("auroc").to(3) }}, '
+        '{{ all.where(score="both").ahead(all.where(score="cosine"), "auroc").to(2, 100) }}, '
+        '{{ all.where(score="towers", seed=none).one("auroc") }}, {{ all.where(score="towers").one("share") }}'
+    )
+    out = scores / "other.md"
+    assert cli.main(["results", str(scores), "--template", "other.md.jinja", "--out", str(out)]) == 0
+    note, said = out.read_text().split("-->\n")
+    assert "from found/other.md.jinja" in note
+    # Of 0.95, 0.96, 0.97, and of 0.05, 0.04, 0.06: the t quantile of two degrees, 4.303, by the root of 3.
+    assert said == "0.960 ± 0.025, 5.00 ± 2.48, 0.94, 0.4"
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ('{{ lines("nothing") }}', "nothing.jsonl: cannot be read"),
+        ('{{ lines("broken") }}', "broken.jsonl: cannot be read"),
+        ('{{ lines("scores").where(score="none").spread("auroc") }}', "none of the lines asked for has auroc"),
+        ('{{ lines("scores").one("auroc") }}', "7 of the lines asked for have auroc, and not one"),
+    ],
+)
+def test_lines_that_are_not_there(scores: Path, template: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (scores / "broken.jsonl").write_text("{")
+    assert made(scores, template) == (2, "")
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("page_of", "template"), [("results.md", TEMPLATE), ("audit.md", "audit.md.jinja")])
+def test_the_committed_pages_are_those_that_the_runs_give(page_of: str, template: str) -> None:
+    found = page(ROOT / "docs" / "results", template=template)
+    assert (ROOT / "docs" / page_of).read_text(encoding="utf-8") == found
 
 
 def test_the_committed_runs_have_finite_numbers() -> None:

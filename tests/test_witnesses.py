@@ -12,7 +12,7 @@ from scipy.linalg import subspace_angles
 from scipy.special import expit
 from scipy.stats import norm
 
-from openclip_otco.audit.canonical import canonical_space
+from openclip_otco.audit.canonical import Moments, canonical_space
 from openclip_otco.audit.decoys import draw_decoys
 from openclip_otco.audit.score import auroc
 from openclip_otco.audit.structure import Structure, centred
@@ -77,7 +77,7 @@ def test_a_canonical_space_is_what_two_sides_share() -> None:
         own = torch.randn(4000, d - 3, generator=generator, dtype=torch.float64)
         mixing = torch.randn(d, d, generator=generator, dtype=torch.float64)
         sides.append(torch.cat([shared, own], dim=1) @ mixing)
-    space = canonical_space(*sides, torch.ones(4000, dtype=torch.float64), ridge=1e-9, dimensions=3)
+    space = canonical_space(Moments.of(*sides, torch.ones(4000, dtype=torch.float64)), ridge=1e-9, dimensions=3)
     for points in ((sides[0] - space.image_mean) @ space.image_map, (sides[1] - space.text_mean) @ space.text_map):
         assert np.rad2deg(subspace_angles(points.numpy(), (shared - shared.mean(dim=0)).numpy())).max() < 1e-3
     assert (space.images(sides[0]) * space.texts(sides[1])).sum(dim=1).min() > 0.999
@@ -87,8 +87,17 @@ def test_pairs_without_weight_are_not_there() -> None:
     v, t = paired_features(200, d=16, seed=3)
     weights = torch.ones(200)
     weights[100:] = 0
-    space, alone = canonical_space(v, t, weights), canonical_space(v[:100], t[:100], torch.ones(100))
+    space = canonical_space(Moments.of(v, t, weights))
+    alone = canonical_space(Moments.of(v[:100], t[:100], torch.ones(100)))
     assert torch.allclose(space.images(v) @ space.texts(t).T, alone.images(v) @ alone.texts(t).T, atol=1e-4)
+
+
+def test_moments_of_parts_add_up() -> None:
+    v, t = paired_features(60, d=8, seed=0)
+    weights = torch.rand(60, generator=torch.Generator().manual_seed(0))
+    added = Moments.of(v[:20], t[:20], weights[:20]) + Moments.of(v[20:], t[20:], weights[20:])
+    for name, value in vars(Moments.of(v, t, weights)).items():
+        assert torch.allclose(getattr(added, name), value, atol=1e-5)
 
 
 def groups_of(wrong: float, n: int, seed: int, distance: float = 3.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -35,32 +35,62 @@ class CanonicalSpace:
         return F.normalize((features - self.text_mean) @ self.text_map, dim=1)
 
 
-def canonical_space(
-    images: Tensor, texts: Tensor, weights: Tensor, ridge: float = RIDGE, dimensions: int = DIMENSIONS
-) -> CanonicalSpace:
-    """Canonical correlation analysis of weighted pairs (Hotelling, *Relations between two sets of variates*, 1936).
+@dataclass(frozen=True)
+class Moments:
+    """What canonical correlation analysis asks of weighted pairs; those of several sets of pairs may be added.
+
+    Attributes:
+        weight: the sum of the weights, a scalar.
+        image, text: weighted sums of the features, `(d,)` and `(e,)`.
+        image_image, text_text, image_text: of their outer products, `(d, d)`, `(e, e)` and `(d, e)`.
+    """
+
+    weight: Tensor
+    image: Tensor
+    text: Tensor
+    image_image: Tensor
+    text_text: Tensor
+    image_text: Tensor
+
+    @classmethod
+    def of(cls, images: Tensor, texts: Tensor, weights: Tensor) -> Moments:
+        """Of pairs.
+
+        Args:
+            images, texts: `(N, d)` and `(N, e)`, about centred; row `i` of both is pair `i`.
+            weights: `(N,)`, at least 0.
+        """
+        x, y = weights[:, None] * images, weights[:, None] * texts
+        return cls(weights.sum(), x.sum(dim=0), y.sum(dim=0), x.T @ images, y.T @ texts, x.T @ texts)
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+
+
+def canonical_space(moments: Moments, ridge: float = RIDGE, dimensions: int = DIMENSIONS) -> CanonicalSpace:
+    """Canonical correlation analysis (Hotelling, *Relations between two sets of variates*, Biometrika 28, 1936).
 
     Each direction counts by its correlation, so that those which pairs do not share add no noise (Li et al., *CSA:
     data-efficient mapping of unimodal features to multimodal features*, ICLR 2025).
 
     Args:
-        images, texts: `(N, d)` and `(N, e)`; row `i` of both is pair `i`.
-        weights: `(N,)`, at least 0, not all 0.
+        moments: of pairs, not all of weight 0.
         ridge: added to the covariances, in units of their mean variance.
         dimensions: `k`, at most; no more than the narrower side has.
     """
-    weights = (weights / weights.sum())[:, None]
-    image_mean, text_mean = (weights * images).sum(dim=0), (weights * texts).sum(dim=0)
-    x, y = images - image_mean, texts - text_mean
-    whitening = [_whitening((weights * each).T @ each, ridge) for each in (x, y)]
-    shared = whitening[0] @ ((weights * x).T @ y) @ whitening[1].T
-    left, correlation, right = torch.linalg.svd(shared, full_matrices=False)
+    weight = moments.weight
+    image_mean, text_mean = moments.image / weight, moments.text / weight
+    images = moments.image_image / weight - torch.outer(image_mean, image_mean)
+    texts = moments.text_text / weight - torch.outer(text_mean, text_mean)
+    both = moments.image_text / weight - torch.outer(image_mean, text_mean)
+    of_images, of_texts = _whitening(images, ridge), _whitening(texts, ridge)
+    left, correlation, right = torch.linalg.svd(of_images @ both @ of_texts.T, full_matrices=False)
     best = slice(min(dimensions, len(correlation)))
     return CanonicalSpace(
         image_mean,
         text_mean,
-        whitening[0].T @ left[:, best] * correlation[best],
-        whitening[1].T @ right[best].T * correlation[best],
+        of_images.T @ left[:, best] * correlation[best],
+        of_texts.T @ right[best].T * correlation[best],
     )
 
 

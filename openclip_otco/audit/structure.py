@@ -56,8 +56,14 @@ class Structure:
         for group in (self.image, self.caption):
             heard[(group == group[i, None]) | (group == group[j, None])] = 0
         heard /= heard.sum(dim=1, keepdim=True).clamp(min=1e-12)
-        x, y = self._by_image[i], self._by_text[j]
-        x = x - (heard * x).sum(dim=1, keepdim=True)
-        y = y - (heard * y).sum(dim=1, keepdim=True)
-        scale = (heard * x * x).sum(dim=1) * (heard * y * y).sum(dim=1)
-        return ((heard * x * y).sum(dim=1) / scale.clamp(min=1e-20).sqrt()).clamp(-1, 1)
+        x, y = self._by_image[i], self._by_text[j]  # copies
+        x -= _dot(heard, x)[:, None]
+        y -= _dot(heard, y)[:, None]
+        both = _dot(heard * x, y)
+        scale = _dot(heard * x, x) * _dot(heard * y, y)
+        return (both / scale.clamp(min=1e-20).sqrt()).clamp(-1, 1)
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Of each row with each row, without the matrix of the products."""
+    return torch.einsum("ij,ij->i", x, y)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openclip_otco.audit.canonical import canonical_space
+from openclip_otco.audit.canonical import Moments, canonical_space
 from openclip_otco.audit.confidence import Judgement, groups, judge
 from openclip_otco.audit.structure import centred
 from openclip_otco.audit.two_groups import Array, WrongShare
@@ -92,5 +92,5 @@ def _shared_points(towers: Sides, testimony: Testimony) -> Sides:
     """Images and captions in one space, made of the pairs as far as they are believed."""
     images, texts = (centred(side) for side in towers)
     weights = torch.from_numpy(testimony.probability.clip(min=1e-3)).to(images)
-    space = canonical_space(images, texts, weights)
+    space = canonical_space(Moments.of(images, texts, weights))
     return space.images(images), space.texts(texts)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from openclip_otco.audit.canonical import canonical_space
+from openclip_otco.audit.canonical import Moments, canonical_space
 from openclip_otco.audit.decoys import Decoys, draw_decoys
 from openclip_otco.audit.structure import Structure, centred
 from openclip_otco.audit.two_groups import (
@@ -102,16 +104,18 @@ def _cosines(
     """Of pairs and of decoys, `(N,)` and `(M,)`, each in the canonical space of the folds that it is not in."""
     fold = decoys.fold.to(images.device)
     cosine, decoy_cosine = torch.zeros_like(weights), images.new_zeros(len(first))
-    for number in fold.unique().tolist():
-        here = fold == number
-        if here.all():
+    members = [fold == number for number in fold.unique()]
+    moments = [Moments.of(images[here], texts[here], weights[here]) for here in members]
+    for number, here in enumerate(members):
+        others = moments[:number] + moments[number + 1 :]
+        if not others:
             continue
-        space = canonical_space(images[~here], texts[~here], weights[~here])
-        points = torch.zeros(2, len(images), space.image_map.shape[1], device=images.device)
-        points[0, here], points[1, here] = space.images(images[here]), space.texts(texts[here])
-        cosine[here] = (points[0, here] * points[1, here]).sum(dim=1)
+        space = canonical_space(functools.reduce(operator.add, others))
+        image_points, text_points = (images.new_zeros(len(images), space.image_map.shape[1]) for _ in range(2))
+        image_points[here], text_points[here] = space.images(images[here]), space.texts(texts[here])
+        cosine[here] = (image_points[here] * text_points[here]).sum(dim=1)
         asked = here[first]
-        decoy_cosine[asked] = (points[0, first[asked]] * points[1, second[asked]]).sum(dim=1)
+        decoy_cosine[asked] = (image_points[first[asked]] * text_points[second[asked]]).sum(dim=1)
     return cosine, decoy_cosine
 
 

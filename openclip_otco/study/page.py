@@ -7,6 +7,7 @@ that the text and the runs cannot part.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
@@ -26,7 +27,13 @@ _NOTE = "<!-- Made by `openclip-otco results` from {template}: edit that, and ru
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `results` to `parser`."""
     parser.add_argument(
-        "folder", type=Path, metavar="DIR", help=f"holds {TEMPLATE}, and STUDY.jsonl for each study that it names"
+        "folder",
+        type=Path,
+        metavar="DIR",
+        help="holds the template, and NAME.jsonl for each list that it names",
+    )
+    parser.add_argument(
+        "--template", default=TEMPLATE, metavar="NAME", help="file of DIR, a page in Jinja's language (%(default)s)"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: DIR.md)")
     parser.add_argument("--figures", action="store_true", help="draw the pictures anew as well")
@@ -36,25 +43,28 @@ def run(args: argparse.Namespace) -> int:
     """`openclip-otco results`: writes the page; 2 where it cannot be made."""
     try:
         out = args.out or args.folder.with_suffix(".md")
-        results.write_text(out, page(args.folder, args.figures))
+        results.write_text(out, page(args.folder, args.figures, args.template))
     except (StudyError, OSError) as error:
         print(f"openclip-otco results: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def page(folder: Path, figures: bool = False) -> str:
+def page(folder: Path, figures: bool = False, template: str = TEMPLATE) -> str:
     """The page that `folder` holds the template and the results for.
+
+    A template has `study(NAME)`, the `StudyResults` of a study, and `lines(NAME)`, the `Lines` of any other list.
 
     Args:
         figures: also draw the pictures that it shows, into the folder.
+        template: its file in `folder`.
 
     Raises:
         StudyError: no template, a mistake in it, or a study or run that is not there.
     """
     import jinja2
 
-    path = folder / TEMPLATE
+    path = folder / template
     if not path.is_file():
         raise StudyError(f"{path} is missing; a page of results is a Jinja template")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
@@ -66,11 +76,13 @@ def page(folder: Path, figures: bool = False) -> str:
         return known[name]
 
     try:
-        text = environment.from_string(path.read_text(encoding="utf-8")).render(study=study)
+        text = environment.from_string(path.read_text(encoding="utf-8")).render(
+            study=study, lines=lambda name: Lines.read(folder / f"{name}.jsonl")
+        )
     except jinja2.TemplateError as error:
         line = getattr(error, "lineno", None)
         raise StudyError(f"{path}{f', line {line}' if line else ''}: {error}") from error
-    return _NOTE.format(template=f"{folder.name}/{TEMPLATE}") + text
+    return _NOTE.format(template=f"{folder.name}/{template}") + text
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,12 @@ class Spread:
         return cls(*table.interval(values))
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f}" if self.half is None else f"{self.mean:.1f} ± {self.half:.1f}"
+        return self.to(1)
+
+    def to(self, digits: int, factor: float = 1.0) -> str:
+        """To so many digits, each number times `factor`, as for percent."""
+        mean = f"{factor * self.mean:.{digits}f}"
+        return mean if self.half is None else f"{mean} ± {factor * self.half:.{digits}f}"
 
     @property
     def signed(self) -> str:
@@ -106,6 +123,74 @@ class Spread:
     def high(self) -> float:
         """The interval's upper end."""
         return self.mean + (self.half or 0)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A list of measurements, one JSON object a line, as a script of `benchmarks/` wrote it.
+
+    Attributes:
+        path: of the list.
+        all: the objects, in their order.
+    """
+
+    path: Path
+    all: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> Lines:
+        """The list at `path`.
+
+        Raises:
+            StudyError: the file is missing, or a line is no JSON object.
+        """
+        try:
+            found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise StudyError(f"{path}: cannot be read: {error}") from error
+        if not all(isinstance(each, dict) for each in found):
+            raise StudyError(f"{path}: has a line that is no JSON object")
+        return cls(path, found)
+
+    def where(self, **values: Any) -> Lines:
+        """Those that have these values."""
+        missing = object()
+        found = [each for each in self.all if all(each.get(name, missing) == value for name, value in values.items())]
+        return Lines(self.path, found)
+
+    def of(self, name: str) -> list[Any]:
+        """The values that they have under `name`.
+
+        Raises:
+            StudyError: there is none.
+        """
+        found = [each[name] for each in self.all if name in each]
+        if not found:
+            raise StudyError(f"{self.path}: none of the lines asked for has {name}")
+        return found
+
+    def one(self, name: str) -> Any:
+        """The only value under `name`.
+
+        Raises:
+            StudyError: there is none, or more than one.
+        """
+        found = self.of(name)
+        if len(found) > 1:
+            raise StudyError(f"{self.path}: {len(found)} of the lines asked for have {name}, and not one")
+        return found[0]
+
+    def spread(self, name: str) -> Spread:
+        """Mean and interval of the values under `name`."""
+        return Spread.of([float(value) for value in self.of(name)])
+
+    def ahead(self, other: Lines, name: str, by: str = "seed") -> Spread:
+        """The difference to `other`, paired by what they have under `by`."""
+        bases = {each[by]: each[name] for each in other.all if name in each}
+        found = [each[name] - bases[each[by]] for each in self.all if name in each and each[by] in bases]
+        if not found:
+            raise StudyError(f"{self.path}: no two of the lines asked for have one {by}, and {name}")
+        return Spread.of(found)
 
 
 @dataclass(frozen=True)
