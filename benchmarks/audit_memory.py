@@ -1,8 +1,9 @@
 """Peak memory of `openclip-otco audit` above what it is with the model loaded, for pictures of 1.5 MB each.
 
 `python benchmarks/audit_memory.py FILE.json`. The shard is a pipe of one noisy JPEG, each time with other bytes behind
-its end, so that nothing of it lies on the disk. Memory is the proportional set size (Linux: shared pages are counted
-once) of this process and of all that it started, the pipe aside.
+its end, so that nothing of it lies on the disk. `--synthetic` takes made-up features of 64 numbers in place of pictures
+and a model, so that a million pairs take minutes: what is left is the audit's own. Memory is the proportional set size
+(Linux: shared pages are counted once) of this process and of all that it started, the pipe aside.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import sys
 import tarfile
 import tempfile
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +88,7 @@ def main() -> None:
     parser.add_argument("json", type=Path, nargs="?")
     parser.add_argument("--emit", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--pairs", type=int, default=6200)
+    parser.add_argument("--synthetic", action="store_true", help="made-up features in place of pictures and a model")
     parser.add_argument("--window", type=int, default=4096)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=1)
@@ -94,6 +98,78 @@ def main() -> None:
     if args.json is None:
         parser.error("name the file for the result")
 
+    found = synthetic(args) if args.synthetic else with_pictures(args)
+    args.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+def synthetic(args: argparse.Namespace) -> dict[str, Any]:
+    """Peaks of audits of a tenth of the pairs and of all."""
+    import torch
+
+    from openclip_otco.audit import audit
+    from openclip_otco.audit.encoder import PairEncoder
+    from openclip_otco.audit.pairs import Cursor, Pair
+    from openclip_otco.audit.source import Shards
+
+    def stream(source: Shards, *_: Any) -> Iterator[tuple[list[Pair], Cursor]]:
+        pairs, mixing = int(source.data), torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+        for start in range(0, pairs, args.batch_size):
+            generator = torch.Generator().manual_seed(start)
+            images = torch.randn(min(args.batch_size, pairs - start), 64, generator=generator)
+            texts = (images + torch.randn(images.shape, generator=generator)) @ mixing
+            batch = []
+            for row, (image, text) in enumerate(zip(images, texts, strict=True)):
+                number = start + row
+                # A thumbnail as large as real ones are.
+                thumbnail = number.to_bytes(8, "little") * 1500
+                place, caption = (0, number, 0), f"a caption of some length, of picture number {number}"
+                digest = number.to_bytes(8, "little")
+                cursor = Cursor(0, number)
+                batch.append(Pair(place, str(number), caption, digest, thumbnail, image, text, None, cursor))
+            yield batch, Cursor(0, start + len(batch), 0, start + len(batch))
+
+    class Made(Shards):
+        def __init__(self, pairs: int) -> None:
+            self.data, self.caption_lines = str(pairs), False
+            self.names = ["made up"]
+
+        def total(self) -> int:
+            return int(self.data)
+
+        def fingerprint(self) -> list[Any]:
+            return [self.data]
+
+    class Nobody:
+        device = torch.device("cpu")
+
+    audit.stream = stream
+    audit.Audit._encoder = lambda self: PairEncoder(None, Nobody())  # type: ignore[method-assign, arg-type]
+    found: dict[str, Any] = {"window": args.window, "pairs": [], "peak_mib": [], "ranking_mib": [], "minutes": []}
+    for pairs in (args.pairs // 10, args.pairs):
+        started, peak, report = time.perf_counter(), Peak(), audit.Audit._report
+        judged = []
+
+        def report_and_note(*given: Any, peak: Peak = peak, judged: list[int] = judged, report: Any = report) -> Any:
+            judged.append(peak.bytes)
+            peak.bytes = peak.now()
+            return report(*given)
+
+        peak.start()
+        with tempfile.TemporaryDirectory() as folder:
+            audit.Audit._report = report_and_note  # type: ignore[method-assign]
+            audit.Audit(source=Made(pairs), out=Path(folder) / "out", towers="made up", window=args.window).run()
+            audit.Audit._report = report  # type: ignore[method-assign]
+        peak.end()
+        found["pairs"].append(pairs)
+        found["peak_mib"].append(round(judged[0] / 2**20))
+        found["ranking_mib"].append(round(peak.bytes / 2**20))
+        found["minutes"].append(round((time.perf_counter() - started) / 60, 1))
+    return found
+
+
+def with_pictures(args: argparse.Namespace) -> dict[str, Any]:
+    """Peak of an audit with a model."""
     import open_clip
     import torch
 
@@ -131,7 +207,7 @@ def main() -> None:
             workers=args.workers,
         ).run()
     peak.end()
-    found = {
+    return {
         **{name: facts[name] for name in ("model", "pairs", "windows", "window")},
         "workers": args.workers,
         "batch_size": args.batch_size,
@@ -139,8 +215,6 @@ def main() -> None:
         "peak_mib": round(peak.bytes / 2**20),
         "above_model_mib": round((peak.bytes - loaded) / 2**20),
     }
-    args.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
