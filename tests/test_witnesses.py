@@ -220,6 +220,17 @@ def test_a_model_that_knows_makes_it_better() -> None:
     assert auroc(ranked, is_wrong) > max(auroc(towers.score, is_wrong), auroc(score, is_wrong))
 
 
+def test_features_that_do_not_vary_are_no_error() -> None:
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(1, 64, generator=generator).expand(300, 64)
+    t = torch.randn(300, 32, generator=generator)
+    number = torch.arange(300)
+    for images, texts in ((v, t), (t, v), (v, v), (v + 1e-7 * torch.randn(300, 64, generator=generator), t)):
+        found = ask_towers(images, texts, number, number)
+        assert np.isfinite(found.score).all()
+        assert np.isfinite(found.probability).all()
+
+
 @pytest.mark.parametrize("images", [[0], [0, 0, 0], [0, 1], [0, 1, 2, 3, 4], [0, 0, 1, 1, 2]])
 def test_of_a_few_pairs_something_finite_is_said(images: list[int]) -> None:
     generator = torch.Generator().manual_seed(0)
