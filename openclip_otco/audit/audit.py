@@ -186,10 +186,7 @@ class Audit:
         known = [pair.trained for pair in window if pair.trained is not None]
         trained = (stacked(image for image, _ in known), stacked(text for _, text in known)) if known else None
         images, captions = [pair.image_digest for pair in window], [pair.caption for pair in window]
-        try:
-            return judge_window(solver, towers, trained, images, captions)
-        except RuntimeError as error:
-            raise AuditError(f"--epsilon {solver.epsilon}: {error}") from error
+        return judge_window(solver, towers, trained, images, captions)
 
     def _rows(self, window: list[Pair], verdict: Verdict, worst: Worst) -> list[table.Row]:
         rows: list[table.Row] = []

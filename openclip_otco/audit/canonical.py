@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Chosen on Flickr8k, where neither a ridge of 10 nor 64 dimensions does better (docs/audit.md).
+# In units of the mean variance of a feature; and of directions that count.
 RIDGE, DIMENSIONS = 1.0, 128
 # Of unit-norm features that do not vary, as of one picture again and again, all that is left is rounding.
 _LEAST_VARIANCE = 1e-5

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Of `exp(k cos)`: chosen on Flickr8k, where 5 and 15 do worse (docs/audit.md).
+# Of `exp(k cos)`.
 SHARPNESS = 10.0
 _ROWS = 1024
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from openclip_otco.audit import AuditError
 from openclip_otco.audit.canonical import Moments, canonical_space
 from openclip_otco.audit.confidence import Judgement, groups, judge
 from openclip_otco.audit.structure import centred
 from openclip_otco.audit.two_groups import Array, WrongShare
 from openclip_otco.audit.witnesses import Testimony, ask_towers, with_second
+from openclip_otco.plan import TransportPlan
 from openclip_otco.solver import PlanSolver
 
 Sides = tuple[Tensor, Tensor]
@@ -59,20 +61,29 @@ def judge_window(
         images, captions: what tells images apart, and captions, `N` each.
 
     Raises:
-        RuntimeError: the plan cannot be solved.
+        AuditError: the plan cannot be solved.
     """
     image, _ = groups(images, towers[0].device)
     caption, _ = groups(captions, towers[0].device)
     testimony = ask_towers(*towers, image, caption)
     structure = testimony.score / testimony.decoy_scale
     if trained is None:
-        judged = judge(solver.solve(*_shared_points(towers, testimony)), images, captions)
+        judged = judge(_coupled(solver, *_shared_points(towers, testimony)), images, captions)
         return Verdict(testimony.probability, structure, structure, None, None, judged.best.tolist(), testimony.wrong)
-    judged = judge(solver.solve(*trained), images, captions)
+    judged = judge(_coupled(solver, *trained), images, captions)
     density = log_density(judged)
     probability, evidence = with_second(testimony, density)
     cosine = judged.cosine.double().cpu().numpy()
     return Verdict(probability, evidence, structure, density, cosine, judged.best.tolist(), testimony.wrong)
+
+
+def _coupled(solver: PlanSolver, images: Tensor, texts: Tensor) -> TransportPlan:
+    try:
+        return solver.solve(images, texts)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise AuditError(f"--epsilon {solver.epsilon}: {error}") from error
 
 
 def log_density(judged: Judgement) -> Array:

@@ -24,8 +24,7 @@ from openclip_otco.audit.two_groups import (
 )
 
 _FOLDS, _DECOYS = 4, 3
-# Rounds after the first one, in which pairs are heard as far as the round before believes them. A second one changes
-# little but the bias that the first one brings (docs/audit.md).
+# Rounds after the first one, in which pairs are heard as far as the round before believes them.
 _ROUNDS = 2
 # What nobody believes is heard a little, so that something is left to be heard.
 _LEAST_WEIGHT = 1e-3
