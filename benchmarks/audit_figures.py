@@ -36,7 +36,7 @@ from openclip_otco.audit.decoys import draw_decoys
 from openclip_otco.audit.score import Truth, auroc
 from openclip_otco.audit.source import Shards
 from openclip_otco.audit.structure import Structure, centred
-from openclip_otco.audit.two_groups import overall
+from openclip_otco.audit.two_groups import WrongShare, overall
 from openclip_otco.audit.verdict import log_density
 from openclip_otco.audit.windows import windows
 from openclip_otco.audit.witnesses import Testimony, ask_towers, with_second
@@ -81,6 +81,11 @@ class Setting:
     windows: list[Window]
     wrong: np.ndarray
     kept: dict[str, set[str]] = field(default_factory=dict)
+
+    @property
+    def wrong_estimated(self) -> WrongShare:
+        """What the towers say of all windows."""
+        return overall([each.testimony.wrong for each in self.windows], [len(each.pairs) for each in self.windows])
 
 
 def read(study: Path, truth: Path, name: str, features: Path) -> Setting:
@@ -168,7 +173,7 @@ def without_training(setting: Setting) -> Iterator[dict[str, Any]]:
     yield line(setting, "untrained", None, "canonical", by_window(setting, canonical))
     probability = by_window(setting, towers)
     score = by_window(setting, lambda window: window.testimony.score / window.testimony.decoy_scale)
-    share = overall([each.testimony.wrong for each in setting.windows], [len(each.pairs) for each in setting.windows])
+    share = setting.wrong_estimated
     said = dict(zip(("wrong_low", "wrong_high"), share.interval(), strict=True), wrong_estimated=share.value)
     yield line(setting, "untrained", None, "towers", score, probability) | said
     if setting.name == CLEAN_FROM:
@@ -197,7 +202,7 @@ def trained(setting: Setting, run: Path, loss: str, seed: int) -> Iterator[dict[
     yield line(setting, loss, seed, "lemon", neighbours)
     yield line(setting, loss, seed, "both", rank, probability)
     if (setting.name, loss, seed) == (CLEAN_FROM, "otco", 0):
-        share = overall([w.testimony.wrong for w in setting.windows], [len(w.pairs) for w in setting.windows]).value
+        share = setting.wrong_estimated.value
         setting.kept["both"] = kept(setting, probability, order, share)
         setting.kept["cosine"] = kept(setting, cosine, cosine, share)
 
