@@ -20,9 +20,9 @@ from open_clip_train import plugins
 from open_clip_train.main import main
 from torch import Tensor
 
-from openclip_otco.callback import PlanCacheCallback
-from openclip_otco.loss import OTCOLoss
-from openclip_otco.plugin import OTCOPlugin
+from openclip_otco.method.loss import OTCOLoss
+from openclip_otco.train.callback import PlanCacheCallback
+from openclip_otco.train.plugin import OTCOPlugin
 
 
 class Alternating(OTCOLoss):

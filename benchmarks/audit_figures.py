@@ -40,11 +40,11 @@ from openclip_otco.audit.two_groups import WrongShare, overall
 from openclip_otco.audit.verdict import log_density
 from openclip_otco.audit.windows import windows
 from openclip_otco.audit.witnesses import Testimony, ask_towers, with_second
-from openclip_otco.evaluate import checkpoint
 from openclip_otco.frozen.shard_pairs import content_key
 from openclip_otco.frozen.table import FeatureTable
-from openclip_otco.models import home
-from openclip_otco.solver import PlanSolver
+from openclip_otco.method.solver import PlanSolver
+from openclip_otco.models.registry import home
+from openclip_otco.runs import checkpoint
 
 WINDOW = 4096
 CLEAN_FROM = "mismatch-40"

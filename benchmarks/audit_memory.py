@@ -175,8 +175,8 @@ def with_pictures(args: argparse.Namespace) -> dict[str, Any]:
 
     from openclip_otco.audit import audit
     from openclip_otco.audit.source import open_source
-    from openclip_otco.evaluate import checkpoint
-    from openclip_otco.models import prepare_model, register_models
+    from openclip_otco.models.registry import prepare_model, register_models
+    from openclip_otco.runs import checkpoint
 
     register_models()
     prepare_model(MODEL)

@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openclip_otco.calibrate import CalibratedRetriever, recoupled
-from openclip_otco.evaluate import calibration, checkpoint, samples
-from openclip_otco.evaluate.encoder import Encoder
-from openclip_otco.evaluate.retrieval import retrieval
+from openclip_otco.data import samples
+from openclip_otco.evaluate import calibration_sources as calibration
+from openclip_otco.evaluate.metrics import retrieval
+from openclip_otco.evaluate.retriever import CalibratedRetriever, recoupled
+from openclip_otco.runs import checkpoint
+from openclip_otco.runs.encoder import Encoder
 
 EPSILONS = (0.02, 0.03, 0.05, 0.1, 0.2, 0.5)
 PAIRS = (1024, 4096, 8192)

@@ -27,9 +27,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from openclip_otco.audit.score import auroc
-from openclip_otco.evaluate import checkpoint, samples
-from openclip_otco.models import home
-from openclip_otco.solver import PlanSolver
+from openclip_otco.data import samples
+from openclip_otco.method.solver import PlanSolver
+from openclip_otco.models.registry import home
+from openclip_otco.runs import checkpoint
 
 SHARPNESS = (5.0, 10.0)
 # Standard deviations of the witness to one of the density, in their sum.

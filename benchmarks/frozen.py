@@ -22,7 +22,7 @@ import open_clip
 import torch
 from torch import nn
 
-from openclip_otco.models import prepare_model, register_models
+from openclip_otco.models.registry import prepare_model, register_models
 from openclip_otco.study import shards
 from openclip_otco.study.run import Run, runs
 from openclip_otco.study.study import load

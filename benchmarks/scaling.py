@@ -24,10 +24,10 @@ from open_clip.loss import ClipLoss
 from solvers import EPOCHS, FEATURES, features, table
 from torch.utils.flop_counter import FlopCounterMode
 
-from openclip_otco.loss import OTCOLoss
-from openclip_otco.ot.shards import ALONE, DistributedShards
-from openclip_otco.plan import TransportPlan
-from openclip_otco.solver import PlanSolver
+from openclip_otco.method.loss import OTCOLoss
+from openclip_otco.method.plan import TransportPlan
+from openclip_otco.method.solver import PlanSolver
+from openclip_otco.ot.group import ALONE, DistributedShards
 
 WORLDS = (1, 2, 4)
 STRONG, WEAK = 4096, 1024

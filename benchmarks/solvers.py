@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openclip_otco.method.plan import TransportPlan
+from openclip_otco.method.solver import PlanSolver
 from openclip_otco.ot import CosineCost, combinatorial_plan, sinkhorn
 from openclip_otco.ot.cost import TILE_ELEMENTS
-from openclip_otco.plan import TransportPlan
-from openclip_otco.solver import PlanSolver
 
 FEATURES = Path(__file__).resolve().parents[2] / "shared" / "features"
 EPOCHS = ("epoch01", "epoch10")
@@ -281,7 +281,7 @@ def profile_section(n: int, repeats: int, folder: Path, out: dict) -> str:
     """Where the time of a Sinkhorn solve goes."""
     from openclip_otco.ot.anderson import Anderson
     from openclip_otco.ot.cost import DenseCost
-    from openclip_otco.ot.shards import ALONE
+    from openclip_otco.ot.group import ALONE
     from openclip_otco.ot.sinkhorn import _Kernel
     from openclip_otco.ot.sparse_plan import feasible_duals
 

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING
 from openclip_otco.version import __version__
 
 if TYPE_CHECKING:
-    from openclip_otco.cache import FeatureWindow, PlanCache
-    from openclip_otco.calibrate import CalibratedRetriever
-    from openclip_otco.callback import PlanCacheCallback
-    from openclip_otco.loss import OTCOLoss
-    from openclip_otco.plan import TransportPlan
-    from openclip_otco.solver import PlanSolver
+    from openclip_otco.evaluate.retriever import CalibratedRetriever
+    from openclip_otco.method.cache import FeatureWindow, PlanCache
+    from openclip_otco.method.loss import OTCOLoss
+    from openclip_otco.method.plan import TransportPlan
+    from openclip_otco.method.solver import PlanSolver
+    from openclip_otco.train.callback import PlanCacheCallback
 
 _HOME = {
-    "CalibratedRetriever": "calibrate",
-    "FeatureWindow": "cache",
-    "OTCOLoss": "loss",
-    "PlanCache": "cache",
-    "PlanCacheCallback": "callback",
-    "PlanSolver": "solver",
-    "TransportPlan": "plan",
+    "CalibratedRetriever": "evaluate.retriever",
+    "FeatureWindow": "method.cache",
+    "OTCOLoss": "method.loss",
+    "PlanCache": "method.cache",
+    "PlanCacheCallback": "train.callback",
+    "PlanSolver": "method.solver",
+    "TransportPlan": "method.plan",
 }
 __all__ = [
     "CalibratedRetriever",

@@ -130,9 +130,9 @@ class UnfinishedPlugin(ExamplePlugin):
 
 def DyingPlugin() -> Any:
     """OTCO on several ranks, of which the second one is killed in the middle of its second plan."""
-    from openclip_otco.ot.shards import DistributedShards
-    from openclip_otco.plugin import OTCOPlugin
-    from openclip_otco.solver import PlanSolver
+    from openclip_otco.method.solver import PlanSolver
+    from openclip_otco.ot.group import DistributedShards
+    from openclip_otco.train.plugin import OTCOPlugin
 
     solve, total = PlanSolver.solve, DistributedShards.total
     plans: list[list[Any]] = []
@@ -157,7 +157,7 @@ def ListeningPlugin() -> Any:
 
     `--remove FILE --remove-at BATCH` removes a file before that batch.
     """
-    from openclip_otco.plugin import OTCOPlugin
+    from openclip_otco.train.plugin import OTCOPlugin
 
     class Listening(OTCOPlugin):
         def add_arguments(self, group: Any) -> None:

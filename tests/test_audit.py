@@ -43,11 +43,12 @@ from openclip_otco.audit.towers import load_towers
 from openclip_otco.audit.two_groups import WrongShare
 from openclip_otco.audit.verdict import judge_window, log_density
 from openclip_otco.audit.windows import windows
-from openclip_otco.evaluate import checkpoint, samples
-from openclip_otco.models import bert_tiny_folder, prepare_model, register_models
+from openclip_otco.data import samples
+from openclip_otco.method.plan import TransportPlan
+from openclip_otco.method.solver import PlanSolver
+from openclip_otco.models.registry import bert_tiny_folder, prepare_model, register_models
 from openclip_otco.pages.thumbnail import thumbnail
-from openclip_otco.plan import TransportPlan
-from openclip_otco.solver import PlanSolver
+from openclip_otco.runs import checkpoint
 
 MODEL = "RN10t-bert-tiny"
 
@@ -861,7 +862,7 @@ def test_somebody_has_to_judge(data: str, tmp_path: Path, capsys: pytest.Capture
 def test_a_plan_that_does_not_converge(
     run_checkpoint: Path, data: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("openclip_otco.solver._WORST_ERROR", -1.0)
+    monkeypatch.setattr("openclip_otco.method.solver._WORST_ERROR", -1.0)
     words = ("--checkpoint", run_checkpoint, "--data", data, "--out", tmp_path / "out", "--epsilon", 0.05)
     assert command.run(arguments(*words)) == 2
     assert "--epsilon 0.05: Sinkhorn is still" in capsys.readouterr().err

@@ -19,7 +19,8 @@ from scipy.special import logsumexp
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from openclip_otco import CalibratedRetriever, PlanCache, PlanSolver, TransportPlan, calibrate
+from openclip_otco import CalibratedRetriever, PlanCache, PlanSolver, TransportPlan
+from openclip_otco.evaluate import retriever as calibrate
 
 D = 24
 WAYS = {"image_to_text": (0, 1), "text_to_image": (1, 0)}

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from open_clip_train.file_utils import pt_load
 
 from openclip_otco import FeatureWindow, OTCOLoss, PlanCache, PlanCacheCallback, PlanSolver
-from openclip_otco.ot.shards import DistributedShards
+from openclip_otco.ot.group import DistributedShards
 
 
 class Writer:

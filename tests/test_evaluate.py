@@ -23,10 +23,12 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from torchmetrics.functional.retrieval import retrieval_hit_rate
 
 from openclip_otco import CalibratedRetriever, PlanCache, PlanSolver
-from openclip_otco.evaluate import EvaluationError, checkpoint, command, ranks, samples
-from openclip_otco.evaluate.classification import class_features, classification
-from openclip_otco.evaluate.retrieval import retrieval
-from openclip_otco.models import prepare_model, register_models
+from openclip_otco.data import samples
+from openclip_otco.evaluate import EvaluationError, command, ranks
+from openclip_otco.evaluate.metrics import retrieval
+from openclip_otco.evaluate.zero_shot import class_features, classification
+from openclip_otco.models.registry import prepare_model, register_models
+from openclip_otco.runs import checkpoint
 
 MODEL = "RN10t-bert-tiny"
 

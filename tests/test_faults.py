@@ -23,7 +23,7 @@ from PIL import Image
 
 from openclip_otco import FeatureWindow, OTCOLoss, PlanCache, PlanCacheCallback, PlanSolver
 
-OTCO = "otco = openclip_otco.plugin:OTCOPlugin"
+OTCO = "otco = openclip_otco.train.plugin:OTCOPlugin"
 DYING = "otco = hook_plugin:DyingPlugin"
 LISTENING = "otco = hook_plugin:ListeningPlugin"
 OPTIONS = ("--loss", "otco", "--otco-window", "3", "--otco-warmup", "0", "--otco-transport-weight", "0.5")

@@ -22,13 +22,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms
 
-from openclip_otco import models
 from openclip_otco.frozen.fill import Input, fill, lacking, share
 from openclip_otco.frozen.fingerprint import fingerprint, sample_captions, sample_images
 from openclip_otco.frozen.loader import BatchesInOrder, SeededBatches
 from openclip_otco.frozen.memory import FeatureMemory
 from openclip_otco.frozen.shard_pairs import ShardPairs, content_key, samples, shard_pairs
 from openclip_otco.frozen.table import FeatureTable
+from openclip_otco.models import registry as models
 
 TINY = "RN10t-bert-tiny"
 NUMBERS = st.integers(-(2**63), 2**63 - 1)

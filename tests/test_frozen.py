@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
-from openclip_otco import models
 from openclip_otco.frozen.memory import FeatureMemory, input_keys
 from openclip_otco.frozen.plugin import FrozenFeaturesCallback, FrozenFeaturesPlugin
 from openclip_otco.frozen.towers import freeze_towers
+from openclip_otco.models import registry as models
 
 TINY = "RN10t-bert-tiny"
 

@@ -25,15 +25,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from openclip_otco import FeatureWindow, OTCOLoss, PlanCache, PlanCacheCallback, PlanSolver
-from openclip_otco.block import own_shares, row_shares, support_confidence
 from openclip_otco.inspect import command
 from openclip_otco.inspect.history import read_history
 from openclip_otco.inspect.negatives import block_of, hardest_negatives, spread
 from openclip_otco.inspect.saved import newest
 from openclip_otco.inspect.views import compare_views
-from openclip_otco.models import prepare_model, register_models
-from openclip_otco.plan_figures import add_figures, relative_brightness
+from openclip_otco.method.support import own_shares, row_shares, support_confidence
+from openclip_otco.models.registry import prepare_model, register_models
 from openclip_otco.scenes.shards import Settings, write_scenes
+from openclip_otco.train.figures import add_figures, relative_brightness
 
 MODEL, WIDTH = "RN10t-bert-tiny", 256
 PARAMS = {"batch_size": 16, "accum_freq": 1, "world_size": 1}

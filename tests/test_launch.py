@@ -11,7 +11,7 @@ from hook_fixtures import VERSION, Lab, copy_package
 from openclip_otco import cli, patching
 from openclip_otco.train import launch
 
-OTCO = "otco = openclip_otco.plugin:OTCOPlugin"
+OTCO = "otco = openclip_otco.train.plugin:OTCOPlugin"
 
 
 def python(lab: Lab, script: Path, folder: Path, *words: str, entry_points: str = OTCO) -> tuple[int, str, str]:
@@ -104,7 +104,7 @@ def point(name: str, value: str) -> importlib.metadata.EntryPoint:
         ([], "OpenCLIP does not find the plugin otco"),
         ([point("otco", "no_such_module:Plugin")], "OpenCLIP cannot load the plugin otco (no_such_module:Plugin)"),
         ([point("otco", "collections:Counter")], "OpenCLIP would load another plugin otco (collections:Counter)"),
-        ([point("otco", "openclip_otco.plugin:OTCOPlugin")], None),
+        ([point("otco", "openclip_otco.train.plugin:OTCOPlugin")], None),
     ],
 )
 def test_a_plugin_that_openclip_would_not_load(

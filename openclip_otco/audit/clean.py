@@ -17,7 +17,7 @@ from typing import IO, cast
 
 from openclip_otco.audit import AuditError, table
 from openclip_otco.audit.source import CsvRows, File, Shards, Source, shard_samples
-from openclip_otco.evaluate import samples
+from openclip_otco.data import samples
 
 KEYS = "clean-keys.txt"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from openclip_otco.audit import AuditError
 from openclip_otco.evaluate import EvaluationError
-from openclip_otco.evaluate.arguments import add_caption_lines, add_frozen_features
+from openclip_otco.runs.arguments import add_caption_lines, add_frozen_features
 
 OK, INCOMPLETE, UNUSABLE = 0, 1, 2
 

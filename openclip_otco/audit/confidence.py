@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openclip_otco.method.plan import TransportPlan
 from openclip_otco.ot.cost import CosineCost, tiles
-from openclip_otco.plan import TransportPlan
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from openclip_otco.audit.towers import UnimodalTowers
-from openclip_otco.evaluate.encoder import Encoder
+from openclip_otco.runs.encoder import Encoder
 
 
 class Features(NamedTuple):

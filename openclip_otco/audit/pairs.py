@@ -14,7 +14,7 @@ from torch import Tensor
 
 from openclip_otco.audit.encoder import PairEncoder
 from openclip_otco.audit.source import RawSample, Source
-from openclip_otco.evaluate import samples
+from openclip_otco.data import samples
 from openclip_otco.pages.thumbnail import thumbnail
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from openclip_otco.audit import AuditError
-from openclip_otco.evaluate import samples
+from openclip_otco.data import samples
 
 # OpenCLIP's `--dataset-type auto` goes by these endings, too.
 CSV_ENDINGS = (".csv", ".tsv")

@@ -91,7 +91,7 @@ def load_towers(name: str, device: str | None = None) -> UnimodalTowers:
 
 
 def _names(name: str) -> tuple[str, str]:
-    from openclip_otco.models import model_configs, prepare_model, register_models
+    from openclip_otco.models.registry import model_configs, prepare_model, register_models
 
     image, plus, text = name.partition("+")
     if plus:

@@ -15,8 +15,8 @@ from openclip_otco.audit.confidence import Judgement, groups, judge
 from openclip_otco.audit.structure import centred
 from openclip_otco.audit.two_groups import Array, WrongShare
 from openclip_otco.audit.witnesses import Testimony, ask_towers, with_second
-from openclip_otco.plan import TransportPlan
-from openclip_otco.solver import PlanSolver
+from openclip_otco.method.plan import TransportPlan
+from openclip_otco.method.solver import PlanSolver
 
 Sides = tuple[Tensor, Tensor]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from openclip_otco.baselines.moco import MoCoLoss
 from openclip_otco.baselines.momentum import MomentumEncoders
-from openclip_otco.callback import ScalarWriter
-from openclip_otco.loss import Features
+from openclip_otco.method.loss import Features
+from openclip_otco.train.callback import ScalarWriter
 
 
 class MomentumCallback:

@@ -8,7 +8,7 @@ from open_clip.loss import ClipLoss
 from torch import Tensor
 
 from openclip_otco.baselines.callback import gathered
-from openclip_otco.loss import Features
+from openclip_otco.method.loss import Features
 from openclip_otco.ot import sinkhorn
 
 # η of the paper, in units of ε where that is large: it takes all mass from own pairs, as exp(-100) is zero in float32.

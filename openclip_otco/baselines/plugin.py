@@ -16,7 +16,7 @@ from openclip_otco.baselines.otter import OTTERLoss
 from openclip_otco.baselines.rcl import RCLLoss
 from openclip_otco.baselines.simclr import SimCLRLoss
 from openclip_otco.baselines.views import RandomViews, SecondView
-from openclip_otco.options import (
+from openclip_otco.train.options import (
     Option,
     add_options,
     check_float64,

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from openclip_otco.evaluate import EvaluationError, samples
-from openclip_otco.evaluate.arguments import add_caption_lines, add_frozen_features
+from openclip_otco.data import samples
+from openclip_otco.evaluate import EvaluationError
+from openclip_otco.runs.arguments import add_caption_lines, add_frozen_features
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from openclip_otco.calibrate import CalibratedRetriever
-    from openclip_otco.evaluate.encoder import Encoder
-    from openclip_otco.evaluate.samples import Sample
+    from openclip_otco.data.samples import Sample
+    from openclip_otco.evaluate.retriever import CalibratedRetriever
+    from openclip_otco.runs.encoder import Encoder
 
 OK, UNUSABLE = 0, 2
 
@@ -98,9 +99,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     # Not at the top: they load torch, which `--help` does without.
     import torch
 
-    from openclip_otco.evaluate import calibration, checkpoint
-    from openclip_otco.evaluate import classification as zero_shot
-    from openclip_otco.evaluate.retrieval import retrieval
+    from openclip_otco.evaluate import calibration_sources as calibration
+    from openclip_otco.evaluate import zero_shot
+    from openclip_otco.evaluate.metrics import retrieval
+    from openclip_otco.runs import checkpoint
 
     total = samples.images(args.data)
     if total == 0:
@@ -177,8 +179,8 @@ def page(found: dict[str, Any]) -> str:
 
 
 def _retriever(encoder: Encoder, args: argparse.Namespace) -> CalibratedRetriever:
-    from openclip_otco.calibrate import EPSILON
-    from openclip_otco.evaluate import calibration
+    from openclip_otco.evaluate import calibration_sources as calibration
+    from openclip_otco.evaluate.retriever import EPSILON
 
     epsilon = args.calibrate_epsilon or EPSILON
     if not args.calibrate_data:

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from openclip_otco.models import home
-from openclip_otco.options import end
+from openclip_otco.models.registry import home
+from openclip_otco.train.options import end
 
 # Below this share of inputs seen before, the memory costs more than it saves.
 _LEAST_SHARE = 0.25

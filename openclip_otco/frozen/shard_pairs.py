@@ -16,7 +16,7 @@ from open_clip_train.data import filter_no_caption_or_no_image, tarfile_to_sampl
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from openclip_otco.evaluate.samples import IMAGE_TYPES
+from openclip_otco.data.samples import IMAGE_TYPES
 from openclip_otco.frozen.save import save_tensors
 
 

@@ -56,11 +56,12 @@ def inspect(args: argparse.Namespace) -> Path:
         EvaluationError: the folder holds no run, shards that were asked for are missing, or the page cannot be written.
     """
     # Not at the top: they load torch, which `--help` does without.
-    from openclip_otco.evaluate import checkpoint, samples
+    from openclip_otco.data import samples
     from openclip_otco.inspect.history import read_history
     from openclip_otco.inspect.report import curves, facts, plan_section
     from openclip_otco.inspect.saved import newest
     from openclip_otco.pages.page import write_page
+    from openclip_otco.runs import checkpoint
 
     folder: Path = args.run_dir
     if not any((folder / name).exists() for name in ("params.txt", "out.log", "checkpoints", "tensorboard")):
@@ -94,8 +95,9 @@ def _pairs(args: argparse.Namespace, saved: Saved | None, params: Mapping[str, A
     Raises:
         EvaluationError: there are none, with what to do about it.
     """
-    from openclip_otco.evaluate import checkpoint, samples
+    from openclip_otco.data import samples
     from openclip_otco.inspect.pairs import encode_pairs
+    from openclip_otco.runs import checkpoint
 
     data = args.data or params.get("train_data")
     # What a run's folder says may be a stranger's, and a `pipe:` is a command.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openclip_otco.block import row_shares, support_confidence
-from openclip_otco.plan import TransportPlan
+from openclip_otco.method.plan import TransportPlan
+from openclip_otco.method.support import row_shares, support_confidence
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from openclip_otco.evaluate import EvaluationError, samples
-from openclip_otco.evaluate.encoder import Encoder
+from openclip_otco.data import samples
+from openclip_otco.evaluate import EvaluationError
 from openclip_otco.pages.thumbnail import thumbnail
+from openclip_otco.runs.encoder import Encoder
 
 # Longer side of a thumbnail in pixels: sharp on a dense screen at the size at which pages show it.
 _SIDE = 192

@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from openclip_otco.block import row_shares, support_confidence
 from openclip_otco.evaluate import EvaluationError
 from openclip_otco.inspect.history import Curve, History
 from openclip_otco.inspect.negatives import Sample, block_of, hardest_negatives, spread
 from openclip_otco.inspect.pairs import Pair, Pairs
 from openclip_otco.inspect.saved import Saved
 from openclip_otco.inspect.views import Views, compare_views
+from openclip_otco.method.plan import TransportPlan
+from openclip_otco.method.solver import PlanSolver
+from openclip_otco.method.support import row_shares, support_confidence
 from openclip_otco.pages.chart import Cell, Chart, colour, heat
-from openclip_otco.plan import TransportPlan
-from openclip_otco.plan_figures import relative_brightness
-from openclip_otco.solver import PlanSolver
+from openclip_otco.train.figures import relative_brightness
 
 # Pairs of the heat map: more would make cells too small to point at.
 _BLOCK = 24

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from openclip_otco.cache import PlanCache
-from openclip_otco.evaluate.checkpoint import read
-from openclip_otco.plan import TransportPlan
+from openclip_otco.method.cache import PlanCache
+from openclip_otco.method.plan import TransportPlan
+from openclip_otco.runs.checkpoint import read
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openclip_otco.plan import TransportPlan
+from openclip_otco.method.plan import TransportPlan
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from torch import Tensor
 from openclip_otco.ot.anderson import Anderson
 from openclip_otco.ot.cost import Cost, CostLike, DenseCost, as_cost, full_precision, held, tiles, workspaces
 from openclip_otco.ot.defaults import EPSILON
+from openclip_otco.ot.group import ALONE, Shards
 from openclip_otco.ot.marginals import marginals
-from openclip_otco.ot.shards import ALONE, Shards
 from openclip_otco.ot.sparse_plan import SparsePlan, feasible_duals
 
 # Scalings beyond exp(30), or sums below exp(-60), are absorbed into the potentials: float32 ends at exp(±87).

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from openclip_otco.evaluate.samples import several_captions
+from openclip_otco.data.samples import several_captions
 from openclip_otco.study import log, results, shards
 from openclip_otco.study.child import Launcher
 from openclip_otco.study.results import Result

@@ -70,7 +70,7 @@ def _installed() -> list[Path]:
 
 
 def _plugin_problem() -> str | None:
-    from openclip_otco.plugin import OTCOPlugin
+    from openclip_otco.train.plugin import OTCOPlugin
 
     points = entry_points(group=GROUP, name=OTCOPlugin.name)
     cure = "run pip install --force-reinstall --no-deps openclip-otco in this environment"

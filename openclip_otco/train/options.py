@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from openclip_otco.captions import caption_problem
+from openclip_otco.data.shard_check import caption_problem
 
 
 @dataclass(frozen=True)

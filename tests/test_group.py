@@ -16,14 +16,14 @@ from cost_model import Run
 from forks import PATIENCE, start_ranks
 
 import openclip_otco
-from openclip_otco import solver
-from openclip_otco.cache import FeatureWindow, PlanCache
-from openclip_otco.callback import PlanCacheCallback
-from openclip_otco.loss import Features, OTCOLoss
+from openclip_otco.method import solver
+from openclip_otco.method.cache import FeatureWindow, PlanCache
+from openclip_otco.method.loss import Features, OTCOLoss
+from openclip_otco.method.solver import PlanSolver
 from openclip_otco.ot import CosineCost, nearest_potentials, sinkhorn
 from openclip_otco.ot import cost as cost_module
-from openclip_otco.ot.shards import ALONE, DistributedShards, Shards
-from openclip_otco.solver import PlanSolver
+from openclip_otco.ot.group import ALONE, DistributedShards, Shards
+from openclip_otco.train.callback import PlanCacheCallback
 
 WORLDS = (2, 4)
 POTENTIALS = {"kept": 8192**2, "streamed": 0}
@@ -236,7 +236,7 @@ class Tracer:
     def __call__(self, frame, event, argument):
         code = frame.f_code
         ours = code.co_filename.startswith(PACKAGE)
-        if not ours or (code.co_filename.endswith("shards.py") and code.co_name in PROTOCOL):
+        if not ours or (code.co_filename.endswith("group.py") and code.co_name in PROTOCOL):
             return None
         return self.line
 

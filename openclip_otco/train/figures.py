@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 
-from openclip_otco.block import row_shares, support_confidence
-from openclip_otco.plan import TransportPlan
+from openclip_otco.method.plan import TransportPlan
+from openclip_otco.method.support import row_shares, support_confidence
 
 if TYPE_CHECKING:
-    from openclip_otco.callback import PlanWriter
+    from openclip_otco.train.callback import PlanWriter
 
 # Pairs in the heat map, and pixels of a pair.
 _PAIRS, _PIXELS = 64, 4

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from openclip_otco.evaluate import EvaluationError
-from openclip_otco.evaluate.encoder import Encoder
 from openclip_otco.frozen.towers import FrozenTower, freeze_towers
-from openclip_otco.plan import TransportPlan
+from openclip_otco.method.plan import TransportPlan
+from openclip_otco.runs.encoder import Encoder
 
 # What DistributedDataParallel and torch.compile put before the names of weights.
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -169,7 +169,7 @@ def _frozen(model: Any, run: dict[str, Any], precision: str, folder: Path | None
 def _make(name: str, precision: str, device: torch.device, run: dict[str, Any], bias: bool) -> tuple[Any, Any, Any]:
     import open_clip
 
-    from openclip_otco.models import check_model, prepare_model, register_models
+    from openclip_otco.models.registry import check_model, prepare_model, register_models
 
     register_models()
     options = {flag: run[flag] for flag in _MODEL_FLAGS if run.get(flag) is not None}

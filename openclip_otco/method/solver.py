@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from openclip_otco.method.plan import TransportPlan
 from openclip_otco.ot import CosineCost, combinatorial_plan, exact_plan, nearest_potentials, sinkhorn
 from openclip_otco.ot.cost import Cost, HeldParts, held, tiles
 from openclip_otco.ot.defaults import ADDITIVE_ERROR, EPSILON
 from openclip_otco.ot.divergence import plan_rows, sinkhorn_divergence
-from openclip_otco.ot.shards import ALONE, Shards
-from openclip_otco.plan import TransportPlan
+from openclip_otco.ot.group import ALONE, Shards
 
 INITIAL_PLANS = ("combinatorial", "emd", "previous", "none")
 COUPLINGS = ("transport", "softmax")

@@ -8,7 +8,7 @@ import tarfile
 
 import pytest
 
-from openclip_otco.captions import caption_problem
+from openclip_otco.data.shard_check import caption_problem
 
 
 def write_shard(path, names):

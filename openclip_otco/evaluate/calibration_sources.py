@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from openclip_otco.calibrate import CalibratedRetriever
-from openclip_otco.evaluate import EvaluationError, samples
+from openclip_otco.data import samples
+from openclip_otco.evaluate import EvaluationError
+from openclip_otco.evaluate.retriever import CalibratedRetriever
 
 if TYPE_CHECKING:
-    from openclip_otco.evaluate.encoder import Encoder
+    from openclip_otco.runs.encoder import Encoder
 
 
 def of_checkpoint(checkpoint: Path, epsilon: float | None, device: torch.device | str) -> CalibratedRetriever:

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from openclip_otco.plan import TransportPlan
+from openclip_otco.method.plan import TransportPlan
 
 
 def row_shares(plan: TransportPlan, rows: Tensor, columns: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def retrieval(
         image_features: `(n, d)`, unit norm.
         text_features: `(m, d)`, unit norm.
         text_image: `(m,)`, the image of each text, 0 to n - 1; every image has a text.
-        image_potentials: `(n,)`, added to the similarities of each image when it is a candidate (`calibrate.py`).
+        image_potentials: `(n,)`, added to the similarities of each image when it is a candidate (`retriever.py`).
         text_potentials: `(m,)`, the same of each text.
 
     Returns:

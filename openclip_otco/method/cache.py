@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openclip_otco.plan import TransportPlan
+from openclip_otco.method.plan import TransportPlan
 
 
 class FeatureWindow:

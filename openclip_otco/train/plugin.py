@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from openclip_otco.cache import FeatureWindow, PlanCache
-from openclip_otco.callback import PlanCacheCallback
-from openclip_otco.loss import TRUSTS, OTCOLoss
-from openclip_otco.method.negatives import NEGATIVES
-from openclip_otco.models import check_model, model_configs, prepare_model, register_models
-from openclip_otco.options import (
+from openclip_otco.method.cache import FeatureWindow, PlanCache
+from openclip_otco.method.loss import TRUSTS, OTCOLoss
+from openclip_otco.method.solver import COUPLINGS, INITIAL_PLANS, PlanSolver
+from openclip_otco.method.weights import NEGATIVES
+from openclip_otco.models.registry import check_model, model_configs, prepare_model, register_models
+from openclip_otco.ot.defaults import ADDITIVE_ERROR, EPSILON
+from openclip_otco.ot.group import ALONE, DistributedShards
+from openclip_otco.train.callback import PlanCacheCallback
+from openclip_otco.train.options import (
     Option,
     add_options,
     check_float64,
@@ -21,9 +24,6 @@ from openclip_otco.options import (
     share,
     weight,
 )
-from openclip_otco.ot.defaults import ADDITIVE_ERROR, EPSILON
-from openclip_otco.ot.shards import ALONE, DistributedShards
-from openclip_otco.solver import COUPLINGS, INITIAL_PLANS, PlanSolver
 
 OPTIONS = (
     Option("--otco-window", 8, "Optimizer steps between two plan updates.", count, "at least 1"),

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss, gather_features
 from torch import Tensor
 
-from openclip_otco.method.negatives import NEGATIVES, log_negative_weights
-from openclip_otco.mixture import log_posterior, matched_share
+from openclip_otco.method.plan import Potentials, TransportPlan
+from openclip_otco.method.posterior import log_posterior, matched_share
+from openclip_otco.method.weights import NEGATIVES, log_negative_weights
 from openclip_otco.ot import sinkhorn_divergence
 from openclip_otco.ot.defaults import EPSILON
-from openclip_otco.plan import Potentials, TransportPlan
 
 # What trust in a pair is: the probability that it is matched, or the method's plan confidence.
 TRUSTS = ("posterior", "share")
@@ -52,14 +52,14 @@ class OTCOLoss(ClipLoss):
           + λ/K · Σ_k Σ_i c_i · [InfoNCE(v'_i, t_i) + InfoNCE(v_i, t'_i)]
           + μ · S_ε(V, T)
 
-    In the first term `log w_ij` is added to the logit of the negative `(i, j)` (`method/negatives.py`). `v'` is
+    In the first term `log w_ij` is added to the logit of the negative `(i, j)` (`method/weights.py`). `v'` is
     compared among texts and `t'` among images, never across. Until plans are set (`set_plans`), and with
     `λ = γ = μ = β = 0`, it is `ClipLoss` to the bit.
 
     Args:
         confidence: `γ >= 0`, the power of the plan confidence that makes the weights `c_i`; 0 switches them off.
         trust: what is raised to that power. `posterior`: the probability that the pair is matched, with the share of
-            matched pairs estimated from the batch (`mixture.matched_share`): on clean captions nearly all weights are
+            matched pairs estimated from the batch (`posterior.matched_share`): on clean captions nearly all weights are
             1. `share`: the own pair's shares of its row and column of the plan, as the method has it.
         least_share: in `[0, 1]`, the least effective share of the batch that confidence leaves to carry the loss; a
             step that would fall below takes a smaller power (`tempered`). 0 sets no limit. A young model's confidence

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from openclip_otco.evaluate import EvaluationError
-from openclip_otco.evaluate.encoder import Encoder
 from openclip_otco.evaluate.ranks import ranks
+from openclip_otco.runs.encoder import Encoder
 
 
 def read_lines(flag: str, path: Path) -> list[str]:

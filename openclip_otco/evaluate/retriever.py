@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openclip_otco.method.plan import TransportPlan
+from openclip_otco.method.solver import PlanSolver
 from openclip_otco.ot.cost import full_precision
-from openclip_otco.plan import TransportPlan
-from openclip_otco.solver import PlanSolver
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -156,7 +156,7 @@ class CalibratedRetriever:
         Raises:
             ValueError: it cannot be read or holds no plans with potentials.
         """
-        from openclip_otco.evaluate.checkpoint import cached_plans
+        from openclip_otco.runs.checkpoint import cached_plans
 
         plans = [plan.to(device) for plan in cached_plans(Path(checkpoint))]
         if not plans:

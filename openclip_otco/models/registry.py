@@ -8,9 +8,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from openclip_otco.bert_tiny import broken_file, make_bert_tiny, recipe, whole_safetensors
 from openclip_otco.lock import alone
-from openclip_otco.pretrained import PRETRAINED_TOWERS
+from openclip_otco.models.bert_tiny import broken_file, make_bert_tiny, recipe, whole_safetensors
+from openclip_otco.models.pretrained import PRETRAINED_TOWERS
 
 HOME = "OPENCLIP_OTCO_HOME"
 BERT = "OPENCLIP_OTCO_BERT"
@@ -160,7 +160,8 @@ def _folder_problem(name: str, kind: str, tower: str, missing: str) -> str:
     if kind == "text":
         files = "config.json, the tokenizer's files and model.safetensors"
     if tower in _makers():
-        cure = f'make it by python -c "from openclip_otco.models import *; register_models(); prepare_model({name!r})"'
+        code = f"from openclip_otco.models.registry import *; register_models(); prepare_model({name!r})"
+        cure = f'make it by python -c "{code}"'
     elif os.environ.get(BERT) and tower == str(Path(os.environ[BERT]).expanduser().absolute()):
         cure = f"let {BERT} name a folder with {files}"
     else:

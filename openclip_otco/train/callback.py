@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from openclip_otco.cache import FeatureWindow, PlanCache
-from openclip_otco.loss import OTCOLoss
-from openclip_otco.plan import TransportPlan
-from openclip_otco.solver import PlanSolver
+from openclip_otco.method.cache import FeatureWindow, PlanCache
+from openclip_otco.method.loss import OTCOLoss
+from openclip_otco.method.plan import TransportPlan
+from openclip_otco.method.solver import PlanSolver
 
 
 class ScalarWriter(Protocol):
@@ -270,7 +270,7 @@ class PlanCacheCallback:
 
     def _add_figures(self, plan: TransportPlan, writer: PlanWriter) -> None:
         # Not at the top: it loads matplotlib, which a run without TensorBoard does without.
-        from openclip_otco.plan_figures import add_figures
+        from openclip_otco.train.figures import add_figures
 
         try:
             add_figures(writer, plan)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.special import expit
 
-from openclip_otco.mixture import log_posterior, matched_share
+from openclip_otco.method.posterior import log_posterior, matched_share
 
 RATIOS = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=60)
 

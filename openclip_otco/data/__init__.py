@@ -1,0 +1,1 @@
+"""Data: WebDataset shards, their samples, and what is wrong with them."""
