@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from openclip_otco.audit import audit
+from openclip_otco.audit import audit, judging
 from openclip_otco.audit.encoder import PairEncoder
+from openclip_otco.audit.settings import JudgeSettings
 from openclip_otco.audit.source import open_source
 
 
@@ -63,21 +64,20 @@ def main() -> None:
 
     encoding, streaming, loading = Clock(), Clock(), Clock()
     with tempfile.TemporaryDirectory() as folder:
-        audit.Audit._encoder = loading.around(audit.Audit._encoder)  # type: ignore[method-assign]
-        audit.stream = streaming.around_each(audit.stream)
+        audit.load_encoder = loading.around(audit.load_encoder)
+        judging.stream = streaming.around_each(judging.stream)
         PairEncoder.images = encoding.around(PairEncoder.images)  # type: ignore[method-assign]
         PairEncoder.texts = encoding.around(PairEncoder.texts)  # type: ignore[method-assign]
         started = time.perf_counter()
-        facts = audit.Audit(
-            source=open_source(args.data, "filepath", "title", "\t"),
-            out=Path(folder) / "out",
+        settings = JudgeSettings(
             checkpoint=args.checkpoint,
             towers=args.towers,
             window=args.window,
             batch_size=args.batch_size,
             workers=args.workers,
             device=args.device,
-        ).run()
+        )
+        facts = audit.run_audit(open_source(args.data, "filepath", "title", "\t"), Path(folder) / "out", settings)
         seconds = time.perf_counter() - started - loading.seconds
     found = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() and args.device != "cpu" else "cpu",

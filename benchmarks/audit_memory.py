@@ -107,9 +107,10 @@ def synthetic(args: argparse.Namespace) -> dict[str, Any]:
     """Peaks of audits of a tenth of the pairs and of all."""
     import torch
 
-    from openclip_otco.audit import audit
+    from openclip_otco.audit import audit, judging
     from openclip_otco.audit.encoder import PairEncoder
     from openclip_otco.audit.pairs import Cursor, Pair
+    from openclip_otco.audit.settings import JudgeSettings
     from openclip_otco.audit.source import Shards
 
     def stream(source: Shards, *_: Any) -> Iterator[tuple[list[Pair], Cursor]]:
@@ -143,11 +144,11 @@ def synthetic(args: argparse.Namespace) -> dict[str, Any]:
     class Nobody:
         device = torch.device("cpu")
 
-    audit.stream = stream
-    audit.Audit._encoder = lambda self: PairEncoder(None, Nobody())  # type: ignore[method-assign, arg-type]
+    judging.stream = stream
+    audit.load_encoder = lambda settings: PairEncoder(None, Nobody())  # type: ignore[arg-type]
     found: dict[str, Any] = {"window": args.window, "pairs": [], "peak_mib": [], "ranking_mib": [], "minutes": []}
     for pairs in (args.pairs // 10, args.pairs):
-        started, peak, report = time.perf_counter(), Peak(), audit.Audit._report
+        started, peak, report = time.perf_counter(), Peak(), audit.write_report
         judged = []
 
         def report_and_note(*given: Any, peak: Peak = peak, judged: list[int] = judged, report: Any = report) -> Any:
@@ -157,9 +158,10 @@ def synthetic(args: argparse.Namespace) -> dict[str, Any]:
 
         peak.start()
         with tempfile.TemporaryDirectory() as folder:
-            audit.Audit._report = report_and_note  # type: ignore[method-assign]
-            audit.Audit(source=Made(pairs), out=Path(folder) / "out", towers="made up", window=args.window).run()
-            audit.Audit._report = report  # type: ignore[method-assign]
+            audit.write_report = report_and_note
+            settings = JudgeSettings(towers="made up", window=args.window)
+            audit.run_audit(Made(pairs), Path(folder) / "out", settings)
+            audit.write_report = report
         peak.end()
         found["pairs"].append(pairs)
         found["peak_mib"].append(round(judged[0] / 2**20))
@@ -173,7 +175,8 @@ def with_pictures(args: argparse.Namespace) -> dict[str, Any]:
     import open_clip
     import torch
 
-    from openclip_otco.audit import audit
+    from openclip_otco.audit.audit import run_audit
+    from openclip_otco.audit.settings import JudgeSettings
     from openclip_otco.audit.source import open_source
     from openclip_otco.models.registry import prepare_model, register_models
     from openclip_otco.runs import checkpoint
@@ -196,16 +199,15 @@ def with_pictures(args: argparse.Namespace) -> dict[str, Any]:
         torch.manual_seed(0)
         torch.save(open_clip.create_model(MODEL, pretrained_text=False).state_dict(), weights)
         shard = f"pipe:{sys.executable} {__file__} --emit {args.pairs}"
-        facts = audit.Audit(
-            source=open_source(shard, "filepath", "title", "\t"),
-            out=Path(folder) / "out",
+        settings = JudgeSettings(
             checkpoint=weights,
             model=MODEL,
             device="cpu",
             window=args.window,
             batch_size=args.batch_size,
             workers=args.workers,
-        ).run()
+        )
+        facts = run_audit(open_source(shard, "filepath", "title", "\t"), Path(folder) / "out", settings)
     peak.end()
     return {
         **{name: facts[name] for name in ("model", "pairs", "windows", "window")},

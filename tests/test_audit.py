@@ -32,9 +32,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchmetrics.functional.classification import binary_auroc
 
-from openclip_otco.audit import AuditError, audit, command, table
+from openclip_otco.audit import AuditError, command, table
 from openclip_otco.audit.confidence import Judgement, judge
 from openclip_otco.audit.encoder import PairEncoder
+from openclip_otco.audit.folder import AuditFolder
 from openclip_otco.audit.pairs import Cursor, stream
 from openclip_otco.audit.score import Truth, auroc
 from openclip_otco.audit.source import Shards
@@ -870,13 +871,13 @@ def test_a_plan_that_does_not_converge(
 
 def test_a_folder_in_use(run: Callable, run_checkpoint: Path, data: str, tmp_path: Path) -> None:
     run("out")
-    folder = audit.AuditFolder(tmp_path / "out")
+    folder = AuditFolder(tmp_path / "out")
     settings = json.loads((tmp_path / "out/state.json").read_text())
     settings.pop("version")
     with (
         folder.opened(settings),
         pytest.raises(AuditError, match="another audit is at work in it"),
-        audit.AuditFolder(tmp_path / "out").opened(settings),
+        AuditFolder(tmp_path / "out").opened(settings),
     ):
         pass
 

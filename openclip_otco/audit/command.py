@@ -7,11 +7,14 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from openclip_otco.audit import AuditError
 from openclip_otco.evaluate import EvaluationError
 from openclip_otco.runs.arguments import add_caption_lines, add_frozen_features
+
+if TYPE_CHECKING:
+    from openclip_otco.audit.settings import CleanSettings
 
 OK, INCOMPLETE, UNUSABLE = 0, 1, 2
 
@@ -89,33 +92,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do what `args` ask for: 0; 1 where --write-clean could not write all; 2 after one line about what to change."""
     # Not at the top: they load torch, which `--help` does without.
-    from openclip_otco.audit.audit import GALLERY, TABLE, Audit
+    from openclip_otco.audit.audit import run_audit
     from openclip_otco.audit.clean import KEYS
+    from openclip_otco.audit.report import GALLERY, TABLE
+    from openclip_otco.audit.settings import JudgeSettings
     from openclip_otco.audit.source import open_source
 
     try:
         columns = (args.csv_img_key, args.csv_caption_key, args.csv_separator)
-        facts = Audit(
-            source=open_source(args.data, *columns, args.caption_lines),
-            out=args.out,
-            checkpoint=args.checkpoint,
-            towers=args.towers,
-            model=args.model,
-            precision=args.precision,
-            device=args.device,
-            window=args.window,
-            epsilon=args.epsilon,
-            top=args.top,
-            batch_size=args.batch_size,
-            workers=args.workers,
+        facts = run_audit(
+            open_source(args.data, *columns, args.caption_lines),
+            args.out,
+            JudgeSettings(
+                checkpoint=args.checkpoint,
+                towers=args.towers,
+                model=args.model,
+                precision=args.precision,
+                device=args.device,
+                frozen_features=args.frozen_features,
+                window=args.window,
+                epsilon=args.epsilon,
+                top=args.top,
+                batch_size=args.batch_size,
+                workers=args.workers,
+            ),
+            clean=_clean_settings(args),
             truth=args.truth,
-            clean=args.write_clean,
-            threshold=args.threshold,
-            drop=args.drop,
-            frozen_features=args.frozen_features,
             rank=args.rank,
             ranks=args.ranks,
-        ).run()
+        )
     except (AuditError, EvaluationError) as error:
         print(f"openclip-otco audit: {error}", file=sys.stderr)
         return UNUSABLE
@@ -133,6 +138,17 @@ def run(args: argparse.Namespace) -> int:
         )
         return INCOMPLETE
     return OK
+
+
+def _clean_settings(args: argparse.Namespace) -> CleanSettings | None:
+    from openclip_otco.audit.settings import CleanSettings
+
+    if args.write_clean is not None:
+        return CleanSettings(folder=args.write_clean, threshold=args.threshold, drop=args.drop)
+    for flag, value in (("--threshold", args.threshold), ("--drop", args.drop)):
+        if value is not None:
+            raise AuditError(f"{flag}: says what --write-clean DIR leaves out; give it too, or neither")
+    return None
 
 
 def page(facts: dict[str, Any]) -> str:

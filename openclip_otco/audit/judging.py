@@ -1,0 +1,116 @@
+"""Judging: pairs are encoded and judged window by window, and each window becomes a part of the folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from openclip_otco.audit import AuditError, table
+from openclip_otco.audit.encoder import PairEncoder
+from openclip_otco.audit.folder import AuditFolder
+from openclip_otco.audit.pairs import Pair, stream
+from openclip_otco.audit.settings import JudgeSettings
+from openclip_otco.audit.source import Source
+from openclip_otco.audit.suspects import Worst
+from openclip_otco.audit.verdict import Verdict, judge_window
+from openclip_otco.audit.windows import windows
+from openclip_otco.method.solver import PlanSolver
+
+
+def judge_missing(folder: AuditFolder, source: Source, encoder: PairEncoder, settings: JudgeSettings) -> None:
+    """Judge all pairs of `source` that no part of `folder` has yet.
+
+    Raises:
+        AuditError: a shard cannot be read, a plan cannot be solved, or there are no pairs.
+        EvaluationError: the features of a model are not finite.
+    """
+    total = source.total()
+    # More than once: where a broken part is missing, there are finished parts behind the gap.
+    while not folder.progress()[1]:
+        _judge_to_next_part(folder, source, encoder, settings, total)
+
+
+def _judge_to_next_part(
+    folder: AuditFolder, source: Source, encoder: PairEncoder, settings: JudgeSettings, total: int | None
+) -> None:
+    """Add parts from the first missing one on, up to the next one that is there, or to the end of the data."""
+    start, _ = folder.progress()
+    solver = PlanSolver(epsilon=settings.epsilon)
+    worst = Worst(settings.top, _worst_so_far(folder.parts()))
+    end = start
+    with tqdm(total=total, initial=start.images, desc="audit", unit="image", disable=None) as bar:
+
+        def batches() -> Iterator[list[Pair]]:
+            nonlocal end
+            for pairs, behind in stream(source, encoder, settings.batch_size, settings.workers, start):
+                bar.update(behind.images - end.images)
+                end = behind
+                yield pairs
+
+        for window, following in windows(batches(), settings.window):
+            verdict = _judge(window, solver, encoder.device)
+            rows = _rows(window, verdict, source.names)
+            _add_thumbnails(rows, window, worst)
+            if folder.add(rows, verdict.wrong, following.cursor if following else end, last=following is None):
+                return
+    if not folder.parts():
+        raise AuditError(
+            f"--data: no pairs of an image and a caption in {end.images} samples "
+            f"({end.unreadable} could not be read, {end.captionless} have no caption)"
+        )
+
+
+def _judge(window: Sequence[Pair], solver: PlanSolver, device: torch.device) -> Verdict:
+    def stacked(rows: Iterable[Tensor]) -> Tensor:
+        return torch.stack(list(rows)).to(device)
+
+    towers = stacked(pair.image_tower for pair in window), stacked(pair.text_tower for pair in window)
+    known = [pair.trained for pair in window if pair.trained is not None]
+    trained = (stacked(image for image, _ in known), stacked(text for _, text in known)) if known else None
+    images, captions = [pair.image_digest for pair in window], [pair.caption for pair in window]
+    return judge_window(solver, towers, trained, images, captions)
+
+
+def _rows(window: Sequence[Pair], verdict: Verdict, shards: Sequence[str]) -> list[table.Row]:
+    """The rows of a part, without thumbnails, in the order of the window."""
+    rows: list[table.Row] = []
+    for index, pair in enumerate(window):
+        best = window[verdict.best[index]] if verdict.best[index] >= 0 else None
+        shard, sample, line = pair.place
+        rows.append(
+            {
+                "key": pair.key,
+                "shard": shards[shard],
+                "caption": pair.caption,
+                "probability": float(verdict.probability[index]),
+                "structure": float(verdict.structure[index]),
+                "log_density": None if verdict.log_density is None else float(verdict.log_density[index]),
+                "cosine": None if verdict.cosine is None else float(verdict.cosine[index]),
+                "best_caption": best and best.caption,
+                "best_key": best and best.key,
+                "evidence": float(verdict.evidence[index]),
+                "shard_number": shard,
+                "sample": sample,
+                "line": line,
+            }
+        )
+    return rows
+
+
+def _add_thumbnails(rows: Sequence[table.Row], window: Sequence[Pair], worst: Worst) -> None:
+    """Give a thumbnail to those rows that may come into the gallery."""
+    for row, pair in sorted(zip(rows, window, strict=True), key=lambda each: table.order(each[0]))[: worst.top]:
+        if worst.admits(table.order(row)):
+            row["thumbnail"] = pair.thumbnail
+
+
+def _worst_so_far(parts: Iterable[Path]) -> Iterator[table.Order]:
+    """The places in the ranking of the pairs that have a thumbnail already."""
+    for part in parts:
+        for row in table.rows(part, [*table.ORDER, "thumbnail"]):
+            if row["thumbnail"] is not None:
+                yield table.order(row)

@@ -1,0 +1,38 @@
+"""Which pairs stay in the clean data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from openclip_otco.audit import AuditError, table
+from openclip_otco.audit.settings import CleanSettings
+from openclip_otco.audit.two_groups import WrongShare
+
+Keep = Callable[[table.Row], bool]
+
+
+def keep_rule(clean: CleanSettings, ranking: table.Ranking, pairs: int, wrong: WrongShare) -> Keep:
+    """The rule by which a row of a part stays.
+
+    Args:
+        clean: what is asked for.
+        ranking: of all pairs.
+        pairs: how many there are.
+        wrong: the estimated share of wrong ones.
+
+    Raises:
+        AuditError: all pairs seem wrong, and nobody said how many to drop.
+    """
+    if clean.threshold is not None:
+        threshold = clean.threshold
+        return lambda row: bool(row["probability"] >= threshold)
+    dropped = round((wrong.value if clean.drop is None else clean.drop) * pairs)
+    if dropped == 0:
+        return lambda row: True
+    if dropped == pairs and clean.drop is None:
+        raise AuditError(
+            "--write-clean: to these models no pair seems right; give others, or say by --drop or --threshold "
+            "what to leave out"
+        )
+    last_dropped = table.order(ranking.first(1, dropped - 1)[0])
+    return lambda row: table.order(row) > last_dropped
