@@ -736,6 +736,93 @@ def test_as_many_are_dropped_as_seem_to_be_wrong(
     assert f"{len(kept)} of {len(everything)} samples are kept: {tmp_path / 'clean'}" in out
 
 
+def marks_file(path: Path, *marks: dict[str, str]) -> Path:
+    path.write_text("".join(f"{json.dumps(mark)}\n" for mark in marks))
+    return path
+
+
+@pytest.mark.parametrize("how", [("--drop", 0.4), ("--threshold", 0.5), ("--drop", 0), ("--drop", 1)])
+def test_marks_decide_before_the_models(
+    run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, how: tuple
+) -> None:
+    rows = run("out")
+    monkeypatch.delattr(checkpoint.Encoder, "images")  # nothing is encoded again
+    one_of_many = next(row for row in rows if row["key"] == "many")
+    chosen = [(rows[0], "keep"), (rows[-1], "drop"), (one_of_many, "keep" if one_of_many["rank"] <= 22 else "drop")]
+    names = ("key", "shard", "caption")
+    marks = [{"mark": mark, **{name: row[name] for name in names}} for row, mark in chosen]
+    path = marks_file(tmp_path / "marks.jsonl", *marks)
+    assert run("out", "--write-clean", tmp_path / "clean", *how, "--marks", path) == rows
+    value = how[1]
+    judged = [row["probability"] >= 0.5 if how[0] == "--threshold" else row["rank"] > round(value * 45) for row in rows]
+    expected = dict(zip((tuple(row[name] for name in names) for row in rows), judged, strict=True))
+    expected |= {tuple(row[name] for name in names): mark == "keep" for row, mark in chosen}
+    kept = set()
+    for shard in {row["shard"] for row in rows}:
+        for name, content in read_shard(tmp_path / "clean" / Path(shard).name):
+            key, _, kind = name.rpartition(".")
+            if key == "many" and kind == "json":
+                kept |= {(key, shard, caption) for caption in json.loads(content)["captions"]}
+            elif key != "many" and kind == "txt":
+                kept.add((key, shard, content.decode()))
+    assert kept == {names for names, stays in expected.items() if stays}
+    facts = json.loads((tmp_path / "out/audit.json").read_text())
+    keeps = sum(mark == "keep" for _, mark in chosen)
+    assert (facts["marked_keep"], facts["marked_drop"]) == (keeps, 3 - keeps)
+    assert f"By their marks, {keeps} pairs are kept and {3 - keeps} are dropped" in capsys.readouterr().out
+
+
+def test_a_mark_of_a_key_alone_means_all_its_pairs(run: Callable, tmp_path: Path) -> None:
+    path = marks_file(tmp_path / "marks.jsonl", {"mark": "drop", "key": "many"})
+    run("out", "--write-clean", tmp_path / "clean", "--drop", 0, "--marks", path)
+    names = {name for shard in range(3) for name, _ in read_shard(tmp_path / f"clean/{shard}.tar")}
+    assert not any(name.startswith("many") for name in names)
+    assert {"00.png", "../../x.png"} <= names
+
+
+DROP, KEEP = ('{"mark": "drop", "key": "00"}', '{"mark": "keep", "key": "00"}')
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (None, "cannot be read: "),
+        ("\xff", "cannot be read: "),
+        ("00\n11\n", "line 1 is no mark like {"),
+        (DROP + '\n\n{"mark": "Keep", "key": "11"}', "line 3 is no mark like {"),
+        ('{"mark": "drop", "key": 7}', "line 1 is no mark like {"),
+        ('{"mark": "drop", "key": "00", "caption": 7}', "line 1 is no mark like {"),
+        (f"{DROP}\n{KEEP.replace('00', '0')}", "1 of 2 marks are of pairs that this audit does not have"),
+        ("\n".join(DROP.replace("00", key) for key in "abcd"), "4 of 4 marks are of pairs that this audit "
+         "does not have, with the keys 'a', 'b', 'c', ...; give the marks of its own gallery"),
+        ('{"mark": "drop", "key": "00", "caption": "a cat"}', "1 of 1 marks are of pairs that this audit does not"),
+        (f"{DROP}\n{KEEP}", "'00' is marked both keep and drop; remove one"),
+        (DROP + '\n{"mark": "keep", "key": "00", "caption": "a dog"}', "'00' is marked both keep and drop; remove one"),
+    ],
+)  # fmt: skip
+def test_bad_marks_get_one_line(
+    run: Callable,
+    run_checkpoint: Path,
+    data: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    lines: str | None,
+    message: str,
+) -> None:
+    run("out")
+    capsys.readouterr()
+    if lines is not None:
+        (tmp_path / "marks.jsonl").write_bytes(lines.encode("latin-1"))
+    words = ("--checkpoint", run_checkpoint, "--data", data, "--out", tmp_path / "out", "--window", 14, "--top", 4)
+    words += ("--write-clean", tmp_path / "clean", "--drop", 0.4, "--marks", tmp_path / "marks.jsonl")
+    assert command.run(arguments(*words)) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"openclip-otco audit: --marks {tmp_path / 'marks.jsonl'}: ")
+    assert message in err
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert not (tmp_path / "clean").exists()
+
+
 def test_not_everything_is_dropped_unasked(
     run: Callable,
     run_checkpoint: Path,
@@ -809,6 +896,7 @@ def test_auroc_of_a_model_that_knows(run: Callable, data: str, tmp_path: Path, c
     [
         (("--drop", 0.1), "--drop: says what --write-clean DIR leaves out"),
         (("--threshold", 0.1), "--threshold: says what --write-clean DIR leaves out"),
+        (("--marks", "marks.jsonl"), "--marks: says what --write-clean DIR leaves out"),
         (("--write-clean", "data", "--drop", 0.1), "is there and not empty"),
         (("--truth", "none.csv"), "--truth none.csv: cannot be read"),
         (("--truth", "other.csv"), "--truth other.csv: has no column `key`"),

@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from page_fixtures import HOSTILE, every_picture_is_there, jpeg
 
+from openclip_otco.audit import table
+from openclip_otco.audit.marks import Marks
 from openclip_otco.pages import page as pages
 from openclip_otco.pages.chart import Chart, heat, thinned
 from openclip_otco.pages.gallery import Estimate, Suspect, by_picture, write_gallery
@@ -267,6 +269,27 @@ def test_marks_are_saved_and_outlive_the_visit(tmp_path, visit):
     page.locator(".pair").first.focus()
     page.keyboard.press("d")
     assert page.locator("#count").inner_text() == "6 of 6 pairs, 1 to drop, 1 to keep"
+
+
+def test_an_audit_reads_the_marks_that_the_page_saves(tmp_path, visit):
+    captions = (*HOSTILE, "two\r\nlines", "a \u2028 line separator", "a dog")
+    pairs = suspects(len(captions), captions)
+    page = visit(gallery(tmp_path, pairs))
+    for number, pair in enumerate(pairs):
+        page.locator(".pair").nth(number).get_by_role("button", name="Drop" if pair.rank % 2 else "Keep").click()
+    with page.expect_download() as download:
+        page.click("#save")
+    saved = Path(download.value.path())
+    assert download.value.suggested_filename == "marks.jsonl"
+    assert len(saved.read_text().split("\n")) == len(pairs) + 1
+    rows = [
+        dict.fromkeys(table.PART.names)
+        | {"key": pair.key, "shard": pair.shard, "caption": pair.caption.encode("utf-8", "replace").decode()}
+        | {"probability": 0.0, "evidence": 0.0, "shard_number": 0, "sample": pair.rank, "line": 0}
+        for pair in pairs
+    ]
+    table.write(tmp_path / "part.parquet", rows, table.PART)
+    assert Marks(saved).places([tmp_path / "part.parquet"]) == {(0, pair.rank, 0): pair.rank % 2 == 0 for pair in pairs}
 
 
 def test_the_page_says_how_many_pairs_are_wrong(tmp_path, visit):

@@ -33,7 +33,7 @@ def run_audit(
     settings: JudgeSettings,
     *,
     clean: CleanSettings | None = None,
-    truth: Path | None = None,
+    truth: Truth | None = None,
     rank: int = 0,
     ranks: int = 1,
 ) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def run_audit(
         out: folder for all that is found, and for the work on the way.
         settings: how pairs are judged.
         clean: where to write the data without the dropped pairs, if they are asked for.
-        truth: list of the pairs that are known to be wrong.
+        truth: pairs that are known to be wrong, where there is a list of them.
         rank, ranks: of several processes, each judges its share of the shards; the first one waits for the others and
             writes what all have found.
 
@@ -58,7 +58,6 @@ def run_audit(
         raise AuditError(f"--rank {rank}: must be below --ranks {ranks}")
     if clean is not None:
         check_target(clean.folder, source)
-    known = Truth(truth) if truth is not None else None
     share: Source = source if ranks == 1 else ShardsOfRank(source, rank, ranks)
     decisive = _decisive(source, settings, ranks)
     folder = AuditFolder(out, rank, ranks)
@@ -78,7 +77,7 @@ def run_audit(
             "window": settings.window,
             "epsilon": decisive["--epsilon"],
         }
-        return write_report(folder, source, about, settings.top, known, clean)
+        return write_report(folder, source, about, settings.top, truth, clean)
 
 
 def load_encoder(settings: JudgeSettings) -> PairEncoder:

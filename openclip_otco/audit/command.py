@@ -87,6 +87,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="--write-clean drops that share, the worst; auto (default): as many as seem to be wrong",
     )
+    parser.add_argument(
+        "--marks",
+        metavar="FILE",
+        type=Path,
+        help="marks saved by gallery.html: --write-clean keeps or drops these pairs as they say, all others as judged",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
     from openclip_otco.audit.audit import run_audit
     from openclip_otco.audit.clean import KEYS
     from openclip_otco.audit.report import GALLERY, TABLE
+    from openclip_otco.audit.score import Truth
     from openclip_otco.audit.settings import JudgeSettings
     from openclip_otco.audit.source import open_source
 
@@ -117,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
                 workers=args.workers,
             ),
             clean=_clean_settings(args),
-            truth=args.truth,
+            truth=None if args.truth is None else Truth(args.truth),
             rank=args.rank,
             ranks=args.ranks,
         )
@@ -130,6 +137,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"\nAll pairs, the worst first: {args.out / TABLE}\nThe worst as a page: {args.out / GALLERY}")
     if args.write_clean is not None:
         print(f"{facts['clean_samples']} of {facts['images']} samples are kept: {args.write_clean}")
+    if args.marks is not None:
+        print(f"By their marks, {facts['marked_keep']} pairs are kept and {facts['marked_drop']} are dropped")
     if left := facts.get("not_written", []):
         print(
             f"openclip-otco audit: --write-clean {args.write_clean}: {len(left)} shards are no local files, and "
@@ -141,11 +150,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _clean_settings(args: argparse.Namespace) -> CleanSettings | None:
+    from openclip_otco.audit.marks import Marks
     from openclip_otco.audit.settings import CleanSettings
 
     if args.write_clean is not None:
-        return CleanSettings(folder=args.write_clean, threshold=args.threshold, drop=args.drop)
-    for flag, value in (("--threshold", args.threshold), ("--drop", args.drop)):
+        marks = None if args.marks is None else Marks(args.marks)
+        return CleanSettings(folder=args.write_clean, threshold=args.threshold, drop=args.drop, marks=marks)
+    for flag, value in (("--threshold", args.threshold), ("--drop", args.drop), ("--marks", args.marks)):
         if value is not None:
             raise AuditError(f"{flag}: says what --write-clean DIR leaves out; give it too, or neither")
     return None

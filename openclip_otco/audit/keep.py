@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from openclip_otco.audit import AuditError, table
 from openclip_otco.audit.settings import CleanSettings
@@ -11,18 +11,30 @@ from openclip_otco.audit.two_groups import WrongShare
 Keep = Callable[[table.Row], bool]
 
 
-def keep_rule(clean: CleanSettings, ranking: table.Ranking, pairs: int, wrong: WrongShare) -> Keep:
-    """The rule by which a row of a part stays.
+def keep_rule(
+    clean: CleanSettings,
+    ranking: table.Ranking,
+    pairs: int,
+    wrong: WrongShare,
+    marked: Mapping[table.Place, bool],
+) -> Keep:
+    """The rule by which a row of a part stays: a person's mark if there is one, else the models' judgement.
 
     Args:
         clean: what is asked for.
         ranking: of all pairs.
         pairs: how many there are.
         wrong: the estimated share of wrong ones.
+        marked: whether marked pairs are kept, by their place in the data.
 
     Raises:
         AuditError: all pairs seem wrong, and nobody said how many to drop.
     """
+    judged = _by_judgement(clean, ranking, pairs, wrong)
+    return lambda row: marked.get(table.place(row), judged(row))
+
+
+def _by_judgement(clean: CleanSettings, ranking: table.Ranking, pairs: int, wrong: WrongShare) -> Keep:
     if clean.threshold is not None:
         threshold = clean.threshold
         return lambda row: bool(row["probability"] >= threshold)

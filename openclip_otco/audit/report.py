@@ -93,8 +93,7 @@ def write_report(
             facts |= _scores(path / TABLE, truth)
         _write_gallery(path / GALLERY, judged, ranking, facts, top)
         if clean is not None:
-            keep = keep_rule(clean, ranking, judged.pairs, judged.wrong)
-            facts["clean_samples"], facts["not_written"] = write_clean(source, judged.parts, keep, clean.folder)
+            facts |= _write_clean(source, judged, ranking, clean)
     write_text(path / FACTS, json.dumps(facts, indent=1) + "\n")
     return facts
 
@@ -121,6 +120,17 @@ def _write_gallery(path: Path, judged: Judged, ranking: table.Ranking, facts: Ma
     estimate = Estimate(judged.pairs, judged.wrong.value, *judged.wrong.interval(), ranking.histogram(_BINS))
     shown = {name: value for name, value in facts.items() if value is not None}
     write_gallery(path, suspects, estimate, shown, "Audit: pairs that may not belong together")
+
+
+def _write_clean(source: Source, judged: Judged, ranking: table.Ranking, clean: CleanSettings) -> dict[str, Any]:
+    marked = {} if clean.marks is None else clean.marks.places(judged.parts)
+    keep = keep_rule(clean, ranking, judged.pairs, judged.wrong, marked)
+    samples, not_written = write_clean(source, judged.parts, keep, clean.folder)
+    facts: dict[str, Any] = {"clean_samples": samples, "not_written": not_written}
+    if clean.marks is not None:
+        kept = sum(marked.values())
+        facts |= {"marked_keep": kept, "marked_drop": len(marked) - kept}
+    return facts
 
 
 def _suspect(row: table.Row, rank: int) -> Suspect:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openclip_otco.audit import AuditError
+from openclip_otco.audit.marks import Marks
 from openclip_otco.method.solver import PlanSolver
 
 
@@ -59,3 +60,5 @@ class CleanSettings:
     """Pairs with a lower probability are dropped."""
     drop: float | None = None
     """Share of the pairs that is dropped, the least likely first."""
+    marks: Marks | None = None
+    """Pairs that a person marked; they are kept or dropped as the marks say, whatever their probability."""

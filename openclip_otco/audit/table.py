@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 Row = dict[str, Any]
-Order = tuple[float, float, tuple[int, int, int]]
+Place = tuple[int, int, int]
+Order = tuple[float, float, Place]
 
 # What a user gets.
 TABLE = pa.schema(
@@ -43,15 +44,17 @@ PART = pa.schema(
         ("thumbnail", pa.binary()),
     ]
 )
+# The columns that say where a pair comes in the data.
+PLACE = ("shard_number", "sample", "line")
 # The columns of a part by which it is ranked.
-ORDER = ("probability", "evidence", "shard_number", "sample", "line")
+ORDER = ("probability", "evidence", *PLACE)
 # Of the ranking; what does not fit goes to the disk.
 _MEMORY = "512MiB"
 _ROWS = 1024
 _GROUP = 2**16
 
 
-def place(row: Row) -> tuple[int, int, int]:
+def place(row: Row) -> Place:
     """Where a row of a part comes in the data."""
     return row["shard_number"], row["sample"], row["line"]
 

@@ -112,14 +112,25 @@
       sift();
     }
   });
+  const elements = pairs.map((pair) => pair.element);
+  const marked = (what) => elements.filter((element) => marks.get(identity(element)) === what);
+  const asKey = (element) => element.dataset.key;
+  // What `openclip-otco audit --marks` reads.
+  const asMark = (element) => {
+    const { key, shard, caption } = element.dataset;
+    return JSON.stringify({ mark: marks.get(identity(element)), key, shard, caption });
+  };
+  const lists = {
+    marks: () => ["marks.jsonl", elements.filter((element) => marks.has(identity(element))).map(asMark)],
+    drop: () => ["keys-drop.txt", marked("drop").map(asKey)],
+    keep: () => ["keys-keep.txt", marked("keep").map(asKey)],
+    shown: () => ["keys-shown.txt", shown().map(asKey)],
+  };
   save.addEventListener("click", () => {
-    const chosen = which.value === "shown"
-      ? shown()
-      : pairs.map((pair) => pair.element).filter((element) => marks.get(identity(element)) === which.value);
-    const keys = chosen.map((element) => `${element.dataset.key}\n`).join("");
+    const [name, lines] = lists[which.value]();
     const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([keys], { type: "text/plain" }));
-    link.download = `keys-${which.value}.txt`;
+    link.href = URL.createObjectURL(new Blob(lines.map((line) => `${line}\n`), { type: "text/plain" }));
+    link.download = name;
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
   });
