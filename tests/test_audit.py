@@ -458,7 +458,7 @@ def test_ranks_share_the_shards(
         broken.rename(tmp_path / "out/parts/rank-00002/000000.parquet")
 
     broken = (tmp_path / "out/parts/rank-00002/000000.parquet").rename(tmp_path / "kept.parquet")
-    monkeypatch.setattr("openclip_otco.audit.audit.time.sleep", waiting)
+    monkeypatch.setattr("openclip_otco.audit.ranks.time.sleep", waiting)
     words = ("--write-clean", tmp_path / "clean-of-ranks", "--drop", 0.4)
     assert command.run(arguments(*given, "--rank", 0, *words)) == 0
     assert len(waited) == 1
@@ -469,6 +469,143 @@ def test_ranks_share_the_shards(
         sorted(path.read_bytes() for path in (tmp_path / name).iterdir()) for name in ("clean", "clean-of-ranks")
     ]
     assert cleaned[0] == cleaned[1]
+
+
+@pytest.fixture
+def rank_words(run: Callable, run_checkpoint: Path, data: str, tmp_path: Path) -> Callable[..., list[str]]:
+    """The arguments of one of several ranks, each of which has one shard and cuts it into two windows."""
+
+    def words(rank: int, ranks: int = 3) -> list[str]:
+        given = ("--checkpoint", run_checkpoint, "--data", data, "--out", tmp_path / "out", "--window", 7)
+        given += ("--batch-size", 12, "--top", 4, "--workers", 0, "--rank", rank, "--ranks", ranks)
+        return [str(word) for word in given]
+
+    return words
+
+
+def run_process(words: list[str], before: str = "") -> subprocess.CompletedProcess:
+    """Runs `audit` in a process of its own, after this Python code."""
+    code = f"import sys\nfrom openclip_otco import cli\n{before}\nsys.exit(cli.main(['audit', *sys.argv[1:]]))"
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+
+
+class Sleeps:
+    """Takes the place of `time.sleep`: counts, and calls `then` at sleep number `at`, from 1."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, then: Callable[[], object]) -> None:
+        self.count, self.at, self.then = 0, at, then
+        monkeypatch.setattr("openclip_otco.audit.ranks.time.sleep", self)
+
+    def __call__(self, seconds: float) -> None:
+        assert seconds == 1
+        self.count += 1
+        assert self.count < 1000, "waits without end"
+        if self.count == self.at:
+            self.then()
+
+
+def test_a_rank_without_pairs_is_not_waited_for(
+    run: Callable, rank_words: Callable, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = Path(samples.shards(data)[1])
+    write_shard(second, [(f"{number}.png", picture(number)) for number in range(12)])
+    whole = run("whole", "--window", 7, "--batch-size", 12)
+    monkeypatch.setattr("openclip_otco.audit.ranks.time.sleep", lambda seconds: pytest.fail("waits"))
+    for rank in (2, 1, 0):
+        assert command.run(arguments(*rank_words(rank))) == 0
+    rows = pq.read_table(tmp_path / "out/audit.parquet").to_pylist()
+    facts, expected = (json.loads((tmp_path / name / "audit.json").read_text()) for name in ("out", "whole"))
+    assert {(row["key"], row["shard"]) for row in rows} == {(row["key"], row["shard"]) for row in whole}
+    counts = ("images", "unreadable", "captionless", "pairs")
+    assert [facts[name] for name in counts] == [expected[name] for name in counts] == [36, 0, 12, 30]
+    assert facts["windows"] == 4
+
+
+def test_ranks_that_find_no_pairs_at_all_end_with_one_line(
+    rank_words: Callable, data: str, capsys: pytest.CaptureFixture
+) -> None:
+    for shard in samples.shards(data):
+        write_shard(Path(shard), [("0.png", picture(0))])
+    assert [command.run(arguments(*rank_words(rank))) for rank in (1, 2)] == [0, 0]
+    capsys.readouterr()
+    assert command.run(arguments(*rank_words(0))) == 2
+    err = capsys.readouterr().err.strip().split("\r")[-1]
+    assert err.splitlines()[-1] == (
+        "openclip-otco audit: --data: no pairs of an image and a caption in 3 samples "
+        "(0 could not be read, 3 have no caption)"
+    )
+
+
+def test_rank_0_says_which_rank_failed_and_why(
+    rank_words: Callable, data: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    second = Path(samples.shards(data)[1])
+    second.write_bytes(second.read_bytes()[:20_000])
+    assert command.run(arguments(*rank_words(2))) == 0
+    failed = []
+    sleeps = Sleeps(monkeypatch, 5, lambda: failed.append(run_process(rank_words(1))))
+    assert command.run(arguments(*rank_words(0))) == 2
+    assert failed[0].returncode == 2
+    assert f"{second} is no readable tar file" in failed[0].stderr
+    assert sleeps.count == 60
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "failed" in line)
+    assert line.startswith(f"openclip-otco audit: rank 1 failed: --data: {second} is no readable tar file (")
+    assert line.endswith("When this is mended, start rank 1 and then rank 0 again; what is done is kept")
+
+
+def test_rank_0_tells_every_minute_that_it_waits_for_a_rank_that_was_killed(
+    rank_words: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    killer = (
+        "import os, signal\nfrom openclip_otco.audit import folder\nadd = folder.AuditFolder.add\n"
+        "def add_and_die(*given, **named):\n    add(*given, **named)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "folder.AuditFolder.add = add_and_die"
+    )
+    assert run_process(rank_words(1, ranks=2), killer).returncode == -signal.SIGKILL
+    (part,) = (tmp_path / "out/parts/rank-00001").glob("*.parquet")
+    written = part.stat().st_mtime_ns
+    told = []
+
+    def start_again() -> None:
+        told.append(capsys.readouterr().err)
+        assert command.run(arguments(*rank_words(1, ranks=2))) == 0
+
+    sleeps = Sleeps(monkeypatch, 125, start_again)
+    assert command.run(arguments(*rank_words(0, ranks=2))) == 0
+    assert sleeps.count == 125
+    message = "rank 0 waits for these ranks: 1. If one of them no longer runs, start it again; what it has done is"
+    assert told[0].count(message) == 3
+    assert part.stat().st_mtime_ns == written
+    assert (tmp_path / "out/audit.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "note"),
+    [
+        (AuditError("--epsilon 3: too large"), "--epsilon 3: too large"),
+        (ValueError("odd\nvalue"), "ValueError: odd"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+    ],
+)
+def test_a_rank_that_is_started_again_takes_its_note_away(
+    rank_words: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, note: str
+) -> None:
+    def fail(*given: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr("openclip_otco.audit.judging.judge_window", fail)
+        if isinstance(error, AuditError):
+            assert command.run(arguments(*rank_words(1, ranks=2))) == 2
+        else:
+            with pytest.raises(type(error)):
+                command.run(arguments(*rank_words(1, ranks=2)))
+    rank = AuditFolder(tmp_path / "out", 1, 2)
+    assert rank.failure() == note
+    # Rank 0 does not take the old note for a new failure.
+    Sleeps(monkeypatch, 3, lambda: command.run(arguments(*rank_words(1, ranks=2))))
+    assert command.run(arguments(*rank_words(0, ranks=2))) == 0
+    assert rank.failure() is None
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,13 @@ from openclip_otco.audit.clean import check_target
 from openclip_otco.audit.encoder import PairEncoder
 from openclip_otco.audit.folder import AuditFolder
 from openclip_otco.audit.judging import judge_missing
+from openclip_otco.audit.ranks import wait_for_ranks
 from openclip_otco.audit.report import write_report
 from openclip_otco.audit.score import Truth
 from openclip_otco.audit.settings import CleanSettings, JudgeSettings
 from openclip_otco.audit.source import ShardsOfRank, Source
 from openclip_otco.audit.towers import load_towers
 from openclip_otco.runs import checkpoint as checkpoints
-
-_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def run_audit(
@@ -69,7 +66,7 @@ def run_audit(
                 encoder.trained.save_frozen()
         if rank:
             return {}
-        _wait_for(folder)
+        wait_for_ranks(folder)
         about = {
             "checkpoint": settings.checkpoint and settings.checkpoint.name,
             "model": decisive["--model"],
@@ -120,13 +117,3 @@ def _decisive(source: Source, settings: JudgeSettings, ranks: int) -> dict[str, 
         "--top": settings.top,
         "--ranks": ranks,
     }
-
-
-def _wait_for(folder: AuditFolder) -> None:
-    """Wait until all ranks have judged their share, and say which ones are missing."""
-    told: list[int] = []
-    while missing := [each.rank for each in folder.of_ranks() if not each.progress()[1]]:
-        if missing != told:
-            print(f"openclip-otco audit: waiting for ranks {', '.join(map(str, missing))}", file=sys.stderr)
-        told = missing
-        time.sleep(_SECONDS_BETWEEN_LOOKS)

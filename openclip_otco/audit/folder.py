@@ -15,6 +15,7 @@ from typing import Any
 from openclip_otco.audit import AuditError, table
 from openclip_otco.audit.pairs import Cursor
 from openclip_otco.audit.two_groups import WrongShare
+from openclip_otco.evaluate import EvaluationError
 from openclip_otco.study.results import write_text
 
 # Goes up whenever the same settings begin to give other parts.
@@ -49,6 +50,8 @@ class AuditFolder:
         Args:
             settings: by flag, plain values: all that decides the rows.
 
+        If the work in it fails, a note of the failure stays in the folder, see `failure`.
+
         Raises:
             AuditError: the folder belongs to another audit or to something else, is in use, or cannot be written.
         """
@@ -65,7 +68,8 @@ class AuditFolder:
                 except BlockingIOError:
                     raise AuditError(f"--out {self.path}: another audit is at work in it; wait for it") from None
                 self._drop_broken()
-                yield
+                with self._failure_noted():
+                    yield
         except OSError as error:
             raise AuditError(f"--out {self.path}: cannot be used: {error}") from error
 
@@ -80,6 +84,24 @@ class AuditFolder:
                 f"--out {self.path}: holds another audit, which differs in {', '.join(differ)}; "
                 "name another folder, or delete this one"
             )
+
+    @contextlib.contextmanager
+    def _failure_noted(self) -> Iterator[None]:
+        """Leaves a note for rank 0 if this rank fails; a rank that was killed cannot."""
+        self._note.unlink(missing_ok=True)
+        try:
+            yield
+        except BaseException as error:  # also of Ctrl-C
+            with contextlib.suppress(OSError):  # a full disk must not hide why the rank failed
+                write_text(self._note, _reason(error) + "\n")
+            raise
+
+    def failure(self) -> str | None:
+        """Why this rank failed when it was last at work; None if it left no note."""
+        try:
+            return self._note.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return None
 
     def parts(self) -> list[Path]:
         """The finished parts, in the order of the data."""
@@ -149,8 +171,20 @@ class AuditFolder:
             return False
         return any(path.name not in (self._all_parts.name, f"{_STATE}.part") for path in self.path.iterdir())
 
+    @property
+    def _note(self) -> Path:
+        return self._parts / "failure.txt"
+
     def _part(self, number: int) -> Path:
         return self._parts / f"{number:06d}.parquet"
+
+
+def _reason(error: BaseException) -> str:
+    """One line for an error, with its type unless it is an error that was written for users."""
+    line = next(iter(str(error).splitlines()), "")
+    if isinstance(error, AuditError | EvaluationError):
+        return line
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 @contextlib.contextmanager

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from openclip_otco.audit import AuditError, table
+from openclip_otco.audit import table
 from openclip_otco.audit.encoder import PairEncoder
 from openclip_otco.audit.folder import AuditFolder
 from openclip_otco.audit.pairs import Pair, stream
 from openclip_otco.audit.settings import JudgeSettings
 from openclip_otco.audit.source import Source
 from openclip_otco.audit.suspects import Worst
+from openclip_otco.audit.two_groups import WrongShare
 from openclip_otco.audit.verdict import Verdict, judge_window
 from openclip_otco.audit.windows import windows
 from openclip_otco.method.solver import PlanSolver
@@ -25,7 +26,7 @@ def judge_missing(folder: AuditFolder, source: Source, encoder: PairEncoder, set
     """Judge all pairs of `source` that no part of `folder` has yet.
 
     Raises:
-        AuditError: a shard cannot be read, a plan cannot be solved, or there are no pairs.
+        AuditError: a shard cannot be read, or a plan cannot be solved.
         EvaluationError: the features of a model are not finite.
     """
     total = source.total()
@@ -55,13 +56,13 @@ def _judge_to_next_part(
             verdict = _judge(window, solver, encoder.device)
             rows = _rows(window, verdict, source.names)
             _add_thumbnails(rows, window, worst)
-            if folder.add(rows, verdict.wrong, following.cursor if following else end, last=following is None):
+            next_is_there = folder.add(
+                rows, verdict.wrong, following.cursor if following else end, last=following is None
+            )
+            if next_is_there or following is None:
                 return
-    if not folder.parts():
-        raise AuditError(
-            f"--data: no pairs of an image and a caption in {end.images} samples "
-            f"({end.unreadable} could not be read, {end.captionless} have no caption)"
-        )
+    # No pair was left. An empty part says so to the ranks that wait, and to the next start.
+    folder.add([], WrongShare(0.0, 0.0), end, last=True)
 
 
 def _judge(window: Sequence[Pair], solver: PlanSolver, device: torch.device) -> Verdict:

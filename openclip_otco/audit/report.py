@@ -31,7 +31,7 @@ class Judged:
     """What all ranks have judged."""
 
     parts: list[Path]
-    """The finished parts, in the order of the data."""
+    """The finished parts that hold pairs, in the order of the data."""
     pairs: int
     """Number of pairs."""
     images: int
@@ -45,19 +45,29 @@ class Judged:
 
     @classmethod
     def of(cls, folder: AuditFolder) -> Judged:
-        """What the parts of all ranks say."""
+        """What the parts of all ranks say.
+
+        Raises:
+            AuditError: there are no pairs.
+        """
         ranks = folder.of_ranks()
-        parts = [part for rank in ranks for part in rank.parts()]
         ends = [rank.progress()[0] for rank in ranks]
-        counts = [table.count(part) for part in parts]
-        return cls(
-            parts,
-            sum(counts),
-            sum(end.images for end in ends),
-            sum(end.unreadable for end in ends),
-            sum(end.captionless for end in ends),
-            overall([share for rank in ranks for share in rank.wrong_shares()], counts),
+        images, unreadable, captionless = (
+            sum(getattr(end, name) for end in ends) for name in ("images", "unreadable", "captionless")
         )
+        found = [
+            (part, count, share)
+            for rank in ranks
+            for part, share in zip(rank.parts(), rank.wrong_shares(), strict=True)
+            if (count := table.count(part))  # a rank whose shards hold no pair has an empty part
+        ]
+        if not found:
+            raise AuditError(
+                f"--data: no pairs of an image and a caption in {images} samples "
+                f"({unreadable} could not be read, {captionless} have no caption)"
+            )
+        parts, counts, shares = zip(*found, strict=True)
+        return cls(list(parts), sum(counts), images, unreadable, captionless, overall(shares, counts))
 
 
 def write_report(
@@ -82,7 +92,7 @@ def write_report(
         The figures, which also stand in `audit.json`.
 
     Raises:
-        AuditError: something that was given cannot be used.
+        AuditError: something that was given cannot be used, or there are no pairs.
     """
     judged, path = Judged.of(folder), folder.path
     with folder.scratch() as scratch:
