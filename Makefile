@@ -64,7 +64,7 @@ study: install
 # The page of results, after the files NAME.jsonl of the studies above were put into docs/results.
 page: install
 	$(BIN)/openclip-otco results docs/results --figures
-	$(BIN)/openclip-otco results docs/results --template audit.md.jinja --out docs/audit.md
+	$(BIN)/openclip-otco results docs/results --template audit.md.jinja --out docs/audit.md --figures
 
 # After `make study`: what audits of its data find, and plain CLIP on the shards that they keep.
 study-cleaned: install

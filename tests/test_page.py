@@ -14,6 +14,7 @@ from openclip_otco import cli
 from openclip_otco.study import results
 from openclip_otco.study.log import RECALLS
 from openclip_otco.study.page import TEMPLATE, Spread, StudyResults, page
+from openclip_otco.study.reliability import reliability_figure
 from openclip_otco.study.results import Result
 from openclip_otco.study.study import arguments, load
 
@@ -158,6 +159,12 @@ def test_no_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert f"{tmp_path / TEMPLATE} is missing" in capsys.readouterr().err
 
 
+BINS: list[dict[str, Any]] = [
+    {"data": "clean", "wrong": 0.0, "bins": [[0.9, 1.0, 40]]},
+    {"data": "planted", "wrong": 0.4, "bins": [[0.1, 0.05, 10], [0.95, 0.9, 30]]},
+]
+
+
 @pytest.fixture
 def scores(folder: Path) -> Path:
     values = {"cosine": (0.9, 0.92, 0.91), "both": (0.95, 0.96, 0.97)}
@@ -189,13 +196,33 @@ def test_lines_of_another_list(scores: Path) -> None:
         ('{{ lines("nothing") }}', "nothing.jsonl: cannot be read"),
         ('{{ lines("broken") }}', "broken.jsonl: cannot be read"),
         ('{{ lines("scores").where(score="none").spread("auroc") }}', "none of the lines asked for has auroc"),
+        ('{{ reliability(lines("scores")) }}', "scores.jsonl: a reliability diagram needs lines with bins"),
+        ('{{ reliability(lines("bins")) }}', "bins-reliability.png is missing; give --figures"),
         ('{{ lines("scores").one("auroc") }}', "7 of the lines asked for have auroc, and not one"),
     ],
 )
 def test_lines_that_are_not_there(scores: Path, template: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     (scores / "broken.jsonl").write_text("{")
+    (scores / "bins.jsonl").write_text(f"{json.dumps(BINS[1])}\n")
     assert made(scores, template) == (2, "")
     assert told in capsys.readouterr().err
+
+
+def test_a_reliability_diagram(folder: Path) -> None:
+    (folder / "bins.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in BINS))
+    template = '![]({{ reliability(lines("bins")) }})'
+    code, text = made(folder, template, "--figures")
+    assert code == 0
+    assert text.endswith("![](found/bins-reliability.png)")
+    picture = folder / "bins-reliability.png"
+    before = picture.stat().st_mtime_ns
+    assert made(folder, template) == (0, text)
+    assert picture.stat().st_mtime_ns == before
+    (axis,) = reliability_figure(BINS).axes
+    diagonal, curve = (np.array(line.get_xydata()) for line in axis.lines)
+    assert (diagonal[:, 0] == diagonal[:, 1]).all()
+    assert curve == pytest.approx(np.array([[10, 5], [95, 90]]))
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["said = right", "planted"]
 
 
 @pytest.mark.parametrize(("page_of", "template"), [("results.md", TEMPLATE), ("audit.md", "audit.md.jinja")])

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from openclip_otco.study import results, table
+from openclip_otco.study.reliability import reliability_picture
 from openclip_otco.study.results import Result, standard
 from openclip_otco.study.study import Study, StudyError, arguments, load
 
@@ -53,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
 def page(folder: Path, figures: bool = False, template: str = TEMPLATE) -> str:
     """The page that `folder` holds the template and the results for.
 
-    A template has `study(NAME)`, the `StudyResults` of a study, and `lines(NAME)`, the `Lines` of any other list.
+    A template has `study(NAME)`, the `StudyResults` of a study, `lines(NAME)`, the `Lines` of any other list, and
+    `reliability(LINES)`, the picture of what lines with bins say, see `reliability_picture`.
 
     Args:
         figures: also draw the pictures that it shows, into the folder.
@@ -77,7 +79,9 @@ def page(folder: Path, figures: bool = False, template: str = TEMPLATE) -> str:
 
     try:
         text = environment.from_string(path.read_text(encoding="utf-8")).render(
-            study=study, lines=lambda name: Lines.read(folder / f"{name}.jsonl")
+            study=study,
+            lines=lambda name: Lines.read(folder / f"{name}.jsonl"),
+            reliability=lambda found: reliability_picture(found.path, found.all, figures),
         )
     except jinja2.TemplateError as error:
         line = getattr(error, "lineno", None)
