@@ -29,7 +29,6 @@ from torchmetrics.functional.classification import binary_average_precision
 from tqdm import tqdm
 
 from openclip_otco.audit import table
-from openclip_otco.audit.canonical import Moments, canonical_space
 from openclip_otco.audit.clean import write_clean
 from openclip_otco.audit.confidence import judge
 from openclip_otco.audit.decoys import draw_decoys
@@ -39,7 +38,7 @@ from openclip_otco.audit.structure import Structure, centred
 from openclip_otco.audit.two_groups import WrongShare, overall
 from openclip_otco.audit.verdict import log_density
 from openclip_otco.audit.windows import windows
-from openclip_otco.audit.witnesses import Testimony, ask_towers, with_second
+from openclip_otco.audit.witnesses import FOLDS, Testimony, ask_towers, canonical_cosines, with_second
 from openclip_otco.frozen.shard_pairs import content_key
 from openclip_otco.frozen.table import FeatureTable
 from openclip_otco.method.solver import PlanSolver
@@ -157,12 +156,8 @@ def without_training(setting: Setting) -> Iterator[dict[str, Any]]:
 
     def canonical(window: Window) -> np.ndarray:
         images, texts = towers_of(window)
-        fold, cosine = draw_decoys(window.image, window.caption, 4, 1).fold, torch.empty(len(images))
-        for number in range(4):
-            here = fold == number
-            space = canonical_space(Moments.of(images[~here], texts[~here], torch.ones(int((~here).sum()))))
-            cosine[here] = (space.images(images[here]) * space.texts(texts[here])).sum(dim=1)
-        return cosine.numpy()
+        decoys = draw_decoys(window.image, window.caption, FOLDS, 1)
+        return canonical_cosines(images, texts, torch.ones(len(images)), decoys)[0].numpy()
 
     def towers(window: Window) -> np.ndarray:
         sides = setting.image_towers[window.pairs], setting.text_towers[window.pairs]

@@ -17,7 +17,7 @@ from openclip_otco.audit.decoys import draw_decoys
 from openclip_otco.audit.score import auroc
 from openclip_otco.audit.structure import Structure, centred
 from openclip_otco.audit.two_groups import posterior, posterior_of_second, separate, together, wrong_share
-from openclip_otco.audit.witnesses import ask_towers, with_second
+from openclip_otco.audit.witnesses import ask_towers, canonical_cosines, with_second
 
 GROUPS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=40)
 
@@ -98,6 +98,21 @@ def test_moments_of_parts_add_up() -> None:
     added = Moments.of(v[:20], t[:20], weights[:20]) + Moments.of(v[20:], t[20:], weights[20:])
     for name, value in vars(Moments.of(v, t, weights)).items():
         assert torch.allclose(getattr(added, name), value, atol=1e-5)
+
+
+def test_a_cosine_is_taken_in_the_space_of_the_other_folds() -> None:
+    v, t = (side.double() for side in paired_features(80, d=8, seed=1))
+    weights = torch.rand(80, generator=torch.Generator().manual_seed(0)).double()
+    decoys = draw_decoys(torch.arange(80) // 2, torch.arange(80), folds=4, count=2)
+    found, of_decoys = canonical_cosines(v, t, weights, decoys)
+    first, second = decoys.pairs()
+    for number in range(4):
+        others = decoys.fold != number
+        space = canonical_space(Moments.of(v[others], t[others], weights[others]))
+        cosine = space.images(v) @ space.texts(t).T
+        assert torch.allclose(found[~others], cosine.diagonal()[~others])
+        asked = ~others[first]
+        assert torch.allclose(of_decoys[asked], cosine[first[asked], second[asked]])
 
 
 def groups_of(wrong: float, n: int, seed: int, distance: float = 3.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

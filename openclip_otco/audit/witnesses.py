@@ -23,7 +23,7 @@ from openclip_otco.audit.two_groups import (
     wrong_share,
 )
 
-_FOLDS, _DECOYS = 4, 3
+FOLDS, _DECOYS = 4, 3
 # Rounds after the first one, in which pairs are heard as far as the round before believes them.
 _ROUNDS = 2
 # What nobody believes is heard a little, so that something is left to be heard.
@@ -64,7 +64,7 @@ def ask_towers(images: Tensor, texts: Tensor, image: Tensor, caption: Tensor, se
     images, texts = centred(images), centred(texts)
     image, caption = image.to(images.device), caption.to(images.device)
     structure = Structure(images, texts, image, caption)
-    decoys = draw_decoys(image, caption, _FOLDS, _DECOYS, seed)
+    decoys = draw_decoys(image, caption, FOLDS, _DECOYS, seed)
     first, second = (each.to(images.device) for each in decoys.pairs())
     pairs = torch.arange(len(images), device=images.device)
     weights = torch.ones(len(images), device=images.device)
@@ -73,7 +73,7 @@ def ask_towers(images: Tensor, texts: Tensor, image: Tensor, caption: Tensor, se
         return Testimony(nothing, nothing + 1, WrongShare(0.0, 0.0), 1.0)
     share: WrongShare | None = None
     for _ in range(1 + _ROUNDS):
-        cosine, decoy_cosine = _cosines(images, texts, weights, decoys, first, second)
+        cosine, decoy_cosine = canonical_cosines(images, texts, weights, decoys)
         correlation = structure.correlation(pairs, pairs, weights)
         decoy_correlation = structure.correlation(first, second, weights)
         score, decoy_score = separate(_columns(correlation, cosine), _columns(decoy_correlation, decoy_cosine))
@@ -97,10 +97,17 @@ def with_second(testimony: Testimony, score: Array) -> tuple[Array, Array]:
     return probability, testimony.score / testimony.decoy_scale + score / max(float(score.std()), 1e-12)
 
 
-def _cosines(
-    images: Tensor, texts: Tensor, weights: Tensor, decoys: Decoys, first: Tensor, second: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Of pairs and of decoys, `(N,)` and `(M,)`, each in the canonical space of the folds that it is not in."""
+def canonical_cosines(images: Tensor, texts: Tensor, weights: Tensor, decoys: Decoys) -> tuple[Tensor, Tensor]:
+    """Cosines of pairs and of decoys, `(N,)` and `(M,)`, each in the canonical space of the folds that it is not in.
+
+    Where there is only one fold, all cosines are 0.
+
+    Args:
+        images, texts: `(N, d)` and `(N, e)`, centred; row `i` of both is pair `i`.
+        weights: `(N,)`, at least 0: how much each pair counts for the spaces.
+        decoys: of these pairs; `M` of them, in the order of `Decoys.pairs`.
+    """
+    first, second = (each.to(images.device) for each in decoys.pairs())
     fold = decoys.fold.to(images.device)
     cosine, decoy_cosine = torch.zeros_like(weights), images.new_zeros(len(first))
     members = [fold == number for number in fold.unique()]
