@@ -32,7 +32,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchmetrics.functional.classification import binary_auroc
 
-from openclip_otco.audit import AuditError, command, table
+from openclip_otco.audit import command, table
 from openclip_otco.audit.confidence import Judgement, judge
 from openclip_otco.audit.encoder import PairEncoder
 from openclip_otco.audit.folder import AuditFolder
@@ -45,6 +45,7 @@ from openclip_otco.audit.two_groups import WrongShare
 from openclip_otco.audit.verdict import judge_window, log_density
 from openclip_otco.audit.windows import windows
 from openclip_otco.data import samples
+from openclip_otco.errors import UserError
 from openclip_otco.method.plan import TransportPlan
 from openclip_otco.method.solver import PlanSolver
 from openclip_otco.models.registry import bert_tiny_folder, prepare_model, register_models
@@ -582,7 +583,7 @@ def test_rank_0_tells_every_minute_that_it_waits_for_a_rank_that_was_killed(
 @pytest.mark.parametrize(
     ("error", "note"),
     [
-        (AuditError("--epsilon 3: too large"), "--epsilon 3: too large"),
+        (UserError("--epsilon 3: too large"), "--epsilon 3: too large"),
         (ValueError("odd\nvalue"), "ValueError: odd"),
         (KeyboardInterrupt(), "KeyboardInterrupt"),
     ],
@@ -595,7 +596,7 @@ def test_a_rank_that_is_started_again_takes_its_note_away(
 
     with monkeypatch.context() as patched:
         patched.setattr("openclip_otco.audit.judging.judge_window", fail)
-        if isinstance(error, AuditError):
+        if isinstance(error, UserError):
             assert command.run(arguments(*rank_words(1, ranks=2))) == 2
         else:
             with pytest.raises(type(error)):
@@ -1101,7 +1102,7 @@ def test_a_folder_in_use(run: Callable, run_checkpoint: Path, data: str, tmp_pat
     settings.pop("version")
     with (
         folder.opened(settings),
-        pytest.raises(AuditError, match="another audit is at work in it"),
+        pytest.raises(UserError, match="another audit is at work in it"),
         AuditFolder(tmp_path / "out").opened(settings),
     ):
         pass

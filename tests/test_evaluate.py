@@ -24,7 +24,8 @@ from torchmetrics.functional.retrieval import retrieval_hit_rate
 
 from openclip_otco import CalibratedRetriever, PlanCache, PlanSolver
 from openclip_otco.data import samples
-from openclip_otco.evaluate import EvaluationError, command, ranks
+from openclip_otco.errors import UserError
+from openclip_otco.evaluate import command, ranks
 from openclip_otco.evaluate.metrics import retrieval
 from openclip_otco.evaluate.zero_shot import class_features, classification
 from openclip_otco.models.registry import prepare_model, register_models
@@ -284,7 +285,7 @@ def test_checkpoint_of_siglip_and_other_flags_of_the_run(tmp_path: Path) -> None
 
 def test_weights_alone_need_a_name(model: torch.nn.Module, tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "weights.pt")
-    with pytest.raises(EvaluationError, match=r"params\.txt does not tell its model; name it by --model"):
+    with pytest.raises(UserError, match=r"params\.txt does not tell its model; name it by --model"):
         checkpoint.load(tmp_path / "weights.pt")
     assert checkpoint.load(tmp_path / "weights.pt", model=MODEL).precision == "fp32"
 
@@ -301,7 +302,7 @@ class Touch:
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "trap": Touch(tmp_path / "trap")}, tmp_path / "evil.pt")
-    with pytest.raises(EvaluationError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         checkpoint.load(tmp_path / "evil.pt", model=MODEL)
     assert not (tmp_path / "trap").exists()
 

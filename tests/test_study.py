@@ -22,11 +22,12 @@ from scipy import stats
 from webdataset.shardlists import expand_urls
 
 from openclip_otco.data.samples import several_captions
+from openclip_otco.errors import UserError
 from openclip_otco.study import child, compare, figure, log, progress, results, shards, table
 from openclip_otco.study import run as study_run
 from openclip_otco.study.mismatch import mismatch
 from openclip_otco.study.run import RunFailed, runs
-from openclip_otco.study.study import DataSetting, StudyError, load
+from openclip_otco.study.study import DataSetting, load
 
 # Logs and writes as open_clip_train.main does; the environment tells it to fail or to hang in certain runs.
 FAKE_TRAINER = """
@@ -1030,7 +1031,7 @@ def test_unpatched_openclip_is_refused(home, monkeypatch, capfd):
 
 def test_damaged_results_name_the_line(tmp_path):
     (tmp_path / "results.jsonl").write_text('{"run": "a"}\n')
-    with pytest.raises(StudyError, match="line 1 is no result"):
+    with pytest.raises(UserError, match="line 1 is no result"):
         results.read(tmp_path / "results.jsonl")
 
 

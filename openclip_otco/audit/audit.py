@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from openclip_otco.audit import AuditError
 from openclip_otco.audit.clean import check_target
 from openclip_otco.audit.encoder import PairEncoder
 from openclip_otco.audit.folder import AuditFolder
@@ -21,6 +20,7 @@ from openclip_otco.audit.score import Truth
 from openclip_otco.audit.settings import CleanSettings, JudgeSettings
 from openclip_otco.audit.source import ShardsOfRank, Source
 from openclip_otco.audit.towers import load_towers
+from openclip_otco.errors import UserError
 from openclip_otco.runs import checkpoint as checkpoints
 
 
@@ -49,10 +49,10 @@ def run_audit(
         The figures, which also stand in `audit.json`; empty for a rank that is not the first.
 
     Raises:
-        AuditError, EvaluationError: something that was given cannot be used.
+        UserError, UserError: something that was given cannot be used.
     """
     if rank >= ranks:
-        raise AuditError(f"--rank {rank}: must be below --ranks {ranks}")
+        raise UserError(f"--rank {rank}: must be below --ranks {ranks}")
     if clean is not None:
         check_target(clean.folder, source)
     share: Source = source if ranks == 1 else ShardsOfRank(source, rank, ranks)
@@ -81,7 +81,7 @@ def load_encoder(settings: JudgeSettings) -> PairEncoder:
     """The models that `settings` name.
 
     Raises:
-        AuditError, EvaluationError: one of them cannot be loaded.
+        UserError, UserError: one of them cannot be loaded.
     """
     trained, device = None, settings.device or _own_gpu()
     if settings.checkpoint is not None:
@@ -102,7 +102,7 @@ def _decisive(source: Source, settings: JudgeSettings, ranks: int) -> dict[str, 
     weights, run = None, dict[str, Any]()
     if settings.checkpoint is not None:
         if not settings.checkpoint.is_file():
-            raise AuditError(f"--checkpoint {settings.checkpoint}: no such file")
+            raise UserError(f"--checkpoint {settings.checkpoint}: no such file")
         run = checkpoints.params(settings.checkpoint)
         with settings.checkpoint.open("rb") as file:
             weights = hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, cast
 
-from openclip_otco.audit import AuditError, table
+from openclip_otco.audit import table
 from openclip_otco.audit.source import CsvRows, File, Shards, Source, shard_samples
 from openclip_otco.data import samples
+from openclip_otco.errors import UserError
 
 KEYS = "clean-keys.txt"
 
@@ -26,15 +27,15 @@ def check_target(folder: Path, source: Source) -> None:
     """Finds out before the work what would make `write_clean` fail after it.
 
     Raises:
-        AuditError: `folder` is not empty, or the shards of `source` cannot be written there under their own names.
+        UserError: `folder` is not empty, or the shards of `source` cannot be written there under their own names.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise AuditError(f"--write-clean {folder}: is there and not empty; name a new folder")
+        raise UserError(f"--write-clean {folder}: is there and not empty; name a new folder")
     if isinstance(source, Shards):
         names = Counter(Path(name).name for name in source.names if samples.is_local(name))
         for name, count in names.most_common(1):
             if count > 1:
-                raise AuditError(f"--write-clean: {count} shards are named {name}; audit one --data source at a time")
+                raise UserError(f"--write-clean: {count} shards are named {name}; audit one --data source at a time")
 
 
 def write_clean(
@@ -56,7 +57,7 @@ def write_clean(
         The number of samples kept, and the shards that were not written.
 
     Raises:
-        AuditError: `source` is not what was audited, or `folder` cannot be written.
+        UserError: `source` is not what was audited, or `folder` cannot be written.
     """
     partial = folder.parent / f".{folder.name}.partial"
     try:
@@ -80,7 +81,7 @@ def write_clean(
             folder.rmdir()
         partial.rename(folder)
     except OSError as error:
-        raise AuditError(f"--write-clean {folder}: cannot be written: {error}") from error
+        raise UserError(f"--write-clean {folder}: cannot be written: {error}") from error
     return count, left
 
 

@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openclip_otco.audit import AuditError
-from openclip_otco.evaluate import EvaluationError
+from openclip_otco.errors import UserError
 from openclip_otco.runs.arguments import add_caption_lines, add_frozen_features
 
 if TYPE_CHECKING:
@@ -128,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
             rank=args.rank,
             ranks=args.ranks,
         )
-    except (AuditError, EvaluationError) as error:
+    except UserError as error:
         print(f"openclip-otco audit: {error}", file=sys.stderr)
         return UNUSABLE
     if not facts:  # another rank has them
@@ -158,7 +157,7 @@ def _clean_settings(args: argparse.Namespace) -> CleanSettings | None:
         return CleanSettings(folder=args.write_clean, threshold=args.threshold, drop=args.drop, marks=marks)
     for flag, value in (("--threshold", args.threshold), ("--drop", args.drop), ("--marks", args.marks)):
         if value is not None:
-            raise AuditError(f"{flag}: says what --write-clean DIR leaves out; give it too, or neither")
+            raise UserError(f"{flag}: says what --write-clean DIR leaves out; give it too, or neither")
     return None
 
 

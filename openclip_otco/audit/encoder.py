@@ -49,7 +49,7 @@ class PairEncoder:
         """Features of `n` images, given as `preprocess` has them, `(n, 3, H, W)` each.
 
         Raises:
-            EvaluationError: a feature is not finite.
+            UserError: a feature is not finite.
         """
         if self.trained is None:
             assert self.towers is not None
@@ -61,7 +61,7 @@ class PairEncoder:
         """Features of `n` captions.
 
         Raises:
-            EvaluationError: a feature is not finite.
+            UserError: a feature is not finite.
         """
         if self.trained is None:
             assert self.towers is not None

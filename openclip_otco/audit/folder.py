@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from openclip_otco.audit import AuditError, table
+from openclip_otco.audit import table
 from openclip_otco.audit.pairs import Cursor
 from openclip_otco.audit.two_groups import WrongShare
-from openclip_otco.evaluate import EvaluationError
+from openclip_otco.errors import UserError
 from openclip_otco.study.results import write_text
 
 # Goes up whenever the same settings begin to give other parts.
@@ -53,12 +53,12 @@ class AuditFolder:
         If the work in it fails, a note of the failure stays in the folder, see `failure`.
 
         Raises:
-            AuditError: the folder belongs to another audit or to something else, is in use, or cannot be written.
+            UserError: the folder belongs to another audit or to something else, is in use, or cannot be written.
         """
         state = json.loads(json.dumps({"version": _VERSION, **settings}))
         try:
             if self._has_strangers():
-                raise AuditError(f"--out {self.path}: holds something that is no audit; name a new folder")
+                raise UserError(f"--out {self.path}: holds something that is no audit; name a new folder")
             self._parts.mkdir(parents=True, exist_ok=True)
             with _locked(self._all_parts / ".state.lock"):
                 self._claim(state)
@@ -66,21 +66,21 @@ class AuditFolder:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise AuditError(f"--out {self.path}: another audit is at work in it; wait for it") from None
+                    raise UserError(f"--out {self.path}: another audit is at work in it; wait for it") from None
                 self._drop_broken()
                 with self._failure_noted():
                     yield
         except OSError as error:
-            raise AuditError(f"--out {self.path}: cannot be used: {error}") from error
+            raise UserError(f"--out {self.path}: cannot be used: {error}") from error
 
     def _claim(self, state: dict[str, Any]) -> None:
         found = self._state()
         if found is None and any(self._all_parts.rglob("*.parquet")):
-            raise AuditError(f"--out {self.path}: holds something that is no audit; name a new folder")
+            raise UserError(f"--out {self.path}: holds something that is no audit; name a new folder")
         if found is None:
             write_text(self.path / _STATE, json.dumps(state, indent=1) + "\n")
         elif differ := [name for name in state if found.get(name) != state[name]]:
-            raise AuditError(
+            raise UserError(
                 f"--out {self.path}: holds another audit, which differs in {', '.join(differ)}; "
                 "name another folder, or delete this one"
             )
@@ -162,7 +162,7 @@ class AuditFolder:
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            raise AuditError(f"--out {self.path}: its {_STATE} is not an audit's; name another folder")
+            raise UserError(f"--out {self.path}: its {_STATE} is not an audit's; name another folder")
         return found
 
     def _has_strangers(self) -> bool:
@@ -182,7 +182,7 @@ class AuditFolder:
 def _reason(error: BaseException) -> str:
     """One line for an error, with its type unless it is an error that was written for users."""
     line = next(iter(str(error).splitlines()), "")
-    if isinstance(error, AuditError | EvaluationError):
+    if isinstance(error, UserError | UserError):
         return line
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 

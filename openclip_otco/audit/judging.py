@@ -26,8 +26,8 @@ def judge_missing(folder: AuditFolder, source: Source, encoder: PairEncoder, set
     """Judge all pairs of `source` that no part of `folder` has yet.
 
     Raises:
-        AuditError: a shard cannot be read, or a plan cannot be solved.
-        EvaluationError: the features of a model are not finite.
+        UserError: a shard cannot be read, or a plan cannot be solved.
+        UserError: the features of a model are not finite.
     """
     total = source.total()
     # More than once: where a broken part is missing, there are finished parts behind the gap.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from openclip_otco.audit import AuditError, table
+from openclip_otco.audit import table
 from openclip_otco.audit.settings import CleanSettings
 from openclip_otco.audit.two_groups import WrongShare
+from openclip_otco.errors import UserError
 
 Keep = Callable[[table.Row], bool]
 
@@ -28,7 +29,7 @@ def keep_rule(
         marked: whether marked pairs are kept, by their place in the data.
 
     Raises:
-        AuditError: all pairs seem wrong, and nobody said how many to drop.
+        UserError: all pairs seem wrong, and nobody said how many to drop.
     """
     judged = _by_judgement(clean, ranking, pairs, wrong)
     return lambda row: marked.get(table.place(row), judged(row))
@@ -42,7 +43,7 @@ def _by_judgement(clean: CleanSettings, ranking: table.Ranking, pairs: int, wron
     if dropped == 0:
         return lambda row: True
     if dropped == pairs and clean.drop is None:
-        raise AuditError(
+        raise UserError(
             "--write-clean: to these models no pair seems right; give others, or say by --drop or --threshold "
             "what to leave out"
         )

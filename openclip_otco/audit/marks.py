@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openclip_otco.audit import AuditError, table
+from openclip_otco.audit import table
+from openclip_otco.errors import UserError
 
 # Number of marks that an error names.
 _NAMED = 3
@@ -39,7 +40,7 @@ class Marks:
         path: the file.
 
     Raises:
-        AuditError: the file cannot be read, is no such list, or marks a pair in two ways.
+        UserError: the file cannot be read, is no such list, or marks a pair in two ways.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,7 +59,7 @@ class Marks:
             parts: of an audit.
 
         Raises:
-            AuditError: a mark means no pair of the audit, or a pair is marked in two ways.
+            UserError: a mark means no pair of the audit, or a pair is marked in two ways.
         """
         by_key: dict[str, list[Mark]] = {}
         for mark in self._keep:
@@ -80,7 +81,7 @@ class Marks:
             # Not splitlines(): a caption may hold a line separator of Unicode.
             return self.path.read_text(encoding="utf-8").split("\n")
         except (OSError, ValueError) as error:
-            raise AuditError(f"--marks {self.path}: cannot be read: {error}") from error
+            raise UserError(f"--marks {self.path}: cannot be read: {error}") from error
 
     def _read(self, number: int, line: str) -> tuple[Mark, bool]:
         try:
@@ -88,7 +89,7 @@ class Marks:
         except ValueError:
             found = None
         if not isinstance(found, dict) or found.get("mark") not in ("keep", "drop") or not _is_text(found):
-            raise AuditError(
+            raise UserError(
                 f'--marks {self.path}: line {number} is no mark like {{"mark": "drop", "key": "0007"}}; '
                 "give the marks that gallery.html saved"
             )
@@ -99,13 +100,13 @@ class Marks:
     def _check_all_used(self, strangers: Sequence[Mark]) -> None:
         if strangers:
             keys = ", ".join([repr(mark.key) for mark in strangers[:_NAMED]] + ["..."] * (len(strangers) > _NAMED))
-            raise AuditError(
+            raise UserError(
                 f"--marks {self.path}: {len(strangers)} of {len(self._keep)} marks are of pairs that this audit does "
                 f"not have, with the keys {keys}; give the marks of its own gallery"
             )
 
-    def _marked_twice(self, key: str) -> AuditError:
-        return AuditError(f"--marks {self.path}: a pair with the key {key!r} is marked both keep and drop; remove one")
+    def _marked_twice(self, key: str) -> UserError:
+        return UserError(f"--marks {self.path}: a pair with the key {key!r} is marked both keep and drop; remove one")
 
 
 def _is_text(found: Mapping[str, Any]) -> bool:

@@ -137,8 +137,8 @@ def stream(
         start: where to begin.
 
     Raises:
-        AuditError: a shard cannot be read.
-        EvaluationError: the model's features are not finite.
+        UserError: a shard cannot be read.
+        UserError: the model's features are not finite.
     """
     from torch.utils.data import DataLoader
 

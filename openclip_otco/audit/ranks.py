@@ -7,8 +7,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from openclip_otco.audit import AuditError
 from openclip_otco.audit.folder import AuditFolder
+from openclip_otco.errors import UserError
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _LOOKS_A_MINUTE = 60
@@ -21,7 +21,7 @@ def wait_for_ranks(folder: AuditFolder) -> None:
     started again needs some time until it takes its old note away.
 
     Raises:
-        AuditError: a rank has failed.
+        UserError: a rank has failed.
     """
     for look in itertools.count():
         missing = [rank for rank in folder.of_ranks() if not rank.progress()[1]]
@@ -44,6 +44,6 @@ def _check_none_failed(missing: Sequence[AuditFolder]) -> None:
     if failures:
         reasons = "; ".join(f"rank {rank} failed: {failure}" for rank, failure in failures)
         names = ", ".join(str(rank) for rank, _ in failures)
-        raise AuditError(
+        raise UserError(
             f"{reasons}. When this is mended, start rank {names} and then rank 0 again; what is done is kept"
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openclip_otco.audit import AuditError, table
+from openclip_otco.audit import table
 from openclip_otco.audit.clean import write_clean
 from openclip_otco.audit.folder import AuditFolder
 from openclip_otco.audit.keep import keep_rule
@@ -16,6 +16,7 @@ from openclip_otco.audit.score import Truth, auroc
 from openclip_otco.audit.settings import CleanSettings
 from openclip_otco.audit.source import Source
 from openclip_otco.audit.two_groups import WrongShare, overall
+from openclip_otco.errors import UserError
 from openclip_otco.pages.gallery import Estimate, Suspect, write_gallery
 from openclip_otco.study.results import write_text
 
@@ -48,7 +49,7 @@ class Judged:
         """What the parts of all ranks say.
 
         Raises:
-            AuditError: there are no pairs.
+            UserError: there are no pairs.
         """
         ranks = folder.of_ranks()
         ends = [rank.progress()[0] for rank in ranks]
@@ -62,7 +63,7 @@ class Judged:
             if (count := table.count(part))  # a rank whose shards hold no pair has an empty part
         ]
         if not found:
-            raise AuditError(
+            raise UserError(
                 f"--data: no pairs of an image and a caption in {images} samples "
                 f"({unreadable} could not be read, {captionless} have no caption)"
             )
@@ -92,7 +93,7 @@ def write_report(
         The figures, which also stand in `audit.json`.
 
     Raises:
-        AuditError: something that was given cannot be used, or there are no pairs.
+        UserError: something that was given cannot be used, or there are no pairs.
     """
     judged, path = Judged.of(folder), folder.path
     with folder.scratch() as scratch:
@@ -162,5 +163,5 @@ def _scores(path: Path, truth: Truth) -> dict[str, float | int]:
             try:
                 found[f"auroc_{name}"] = auroc(scores, wrong)
             except ValueError as error:
-                raise AuditError(f"--truth {truth.path}: lists {sum(wrong)} of {len(wrong)} pairs; {error}") from error
+                raise UserError(f"--truth {truth.path}: lists {sum(wrong)} of {len(wrong)} pairs; {error}") from error
     return found

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 
-from openclip_otco.audit import AuditError
+from openclip_otco.errors import UserError
 
 
 class Truth:
@@ -20,7 +20,7 @@ class Truth:
     captions are samples of their own has them.
 
     Raises:
-        AuditError: the file cannot be read, or has no such column.
+        UserError: the file cannot be read, or has no such column.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,9 +29,9 @@ class Truth:
             with path.open(newline="", encoding="utf-8") as stream:
                 self._keys = {row["key"] for row in csv.DictReader(stream)}
         except KeyError as error:
-            raise AuditError(f"--truth {path}: has no column `key`") from error
+            raise UserError(f"--truth {path}: has no column `key`") from error
         except (OSError, ValueError, csv.Error) as error:
-            raise AuditError(f"--truth {path}: cannot be read: {error}") from error
+            raise UserError(f"--truth {path}: cannot be read: {error}") from error
 
     def is_wrong(self, key: str) -> bool:
         """Whether the pair of this key is listed."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from openclip_otco.audit import AuditError
 from openclip_otco.audit.marks import Marks
+from openclip_otco.errors import UserError
 from openclip_otco.method.solver import PlanSolver
 
 
@@ -15,7 +15,7 @@ class JudgeSettings:
     """How pairs are judged: by which models, how many at a time, and how fast.
 
     Raises:
-        AuditError: no model is named.
+        UserError: no model is named.
     """
 
     checkpoint: Path | None = None
@@ -44,7 +44,7 @@ class JudgeSettings:
 
     def __post_init__(self) -> None:
         if self.checkpoint is None and self.towers is None:
-            raise AuditError("--towers: name the models that judge the pairs, by --towers, --checkpoint or both")
+            raise UserError("--towers: name the models that judge the pairs, by --towers, --checkpoint or both")
 
 
 @dataclass(frozen=True, kw_only=True)

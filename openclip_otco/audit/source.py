@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from openclip_otco.audit import AuditError
 from openclip_otco.data import samples
+from openclip_otco.errors import UserError
 
 # OpenCLIP's `--dataset-type auto` goes by these endings, too.
 CSV_ENDINGS = (".csv", ".tsv")
@@ -47,7 +47,7 @@ class Source(Protocol):
         """The samples from sample `number` of shard `shard` on.
 
         Raises:
-            AuditError: a shard cannot be read.
+            UserError: a shard cannot be read.
         """
         ...
 
@@ -84,7 +84,7 @@ def shard_samples(shard: str) -> Iterator[tuple[str, list[File]]]:
         shard: whatever WebDataset opens: a path, a URL, or `pipe:` and a command.
 
     Raises:
-        AuditError: it cannot be read to its end.
+        UserError: it cannot be read to its end.
     """
     from webdataset.gopen import gopen
     from webdataset.tariterators import base_plus_ext
@@ -105,7 +105,7 @@ def shard_samples(shard: str) -> Iterator[tuple[str, list[File]]]:
                 assert content is not None  # it is a regular file
                 files.append(File(member, kind.lower(), content.read()))
     except samples.BROKEN as error:
-        raise AuditError(f"--data: {shard} is no readable tar file ({samples.last_line(error)})") from error
+        raise UserError(f"--data: {shard} is no readable tar file ({samples.last_line(error)})") from error
     if files:
         yield str(key), files
 
@@ -118,7 +118,7 @@ class Shards:
         caption_lines: each line of a `txt` is a caption, not all of it one.
 
     Raises:
-        EvaluationError: a local shard is missing.
+        UserError: a local shard is missing.
     """
 
     def __init__(self, data: str, caption_lines: bool = False) -> None:
@@ -151,7 +151,7 @@ class CsvRows:
         separator: between them.
 
     Raises:
-        AuditError: it is missing, or lacks a column.
+        UserError: it is missing, or lacks a column.
     """
 
     def __init__(self, path: Path, image_key: str, caption_key: str, separator: str) -> None:
@@ -161,7 +161,7 @@ class CsvRows:
             for flag, column in (("--csv-img-key", image_key), ("--csv-caption-key", caption_key)):
                 if column not in chunk.columns:
                     there = ", ".join(map(str, chunk.columns))
-                    raise AuditError(f"{flag} {column}: {path} has no such column, but {there} (--csv-separator?)")
+                    raise UserError(f"{flag} {column}: {path} has no such column, but {there} (--csv-separator?)")
             break
 
     def chunks(self) -> Iterator[Any]:
@@ -173,7 +173,7 @@ class CsvRows:
             options = {"sep": self.separator, "dtype": str, "keep_default_na": False}
             yield from pandas.read_csv(self.path, chunksize=_ROWS_AT_A_TIME, **options)
         except (OSError, ValueError) as error:
-            raise AuditError(f"--data {self.path}: is no readable CSV file ({samples.last_line(error)})") from error
+            raise UserError(f"--data {self.path}: is no readable CSV file ({samples.last_line(error)})") from error
 
     def samples(self, shard: int = 0, number: int = 0) -> Iterator[RawSample]:
         place = 0
@@ -204,7 +204,7 @@ class ShardsOfRank:
         rank, ranks: of the process.
 
     Raises:
-        AuditError: there are fewer shards than processes, or the data are a table.
+        UserError: there are fewer shards than processes, or the data are a table.
     """
 
     whole: Source
@@ -213,9 +213,9 @@ class ShardsOfRank:
 
     def __post_init__(self) -> None:
         if not isinstance(self.whole, Shards):
-            raise AuditError(f"--ranks {self.ranks}: is for shards, and {self.names[0]} is a table; drop the flag")
+            raise UserError(f"--ranks {self.ranks}: is for shards, and {self.names[0]} is a table; drop the flag")
         if len(self.names) < self.ranks:
-            raise AuditError(f"--ranks {self.ranks}: there are {len(self.names)} shards; give at most as many ranks")
+            raise UserError(f"--ranks {self.ranks}: there are {len(self.names)} shards; give at most as many ranks")
 
     @property
     def names(self) -> Sequence[str]:
@@ -249,12 +249,12 @@ def open_source(data: str, image_key: str, caption_key: str, separator: str, cap
     """The source that `data` names: one file that ends as CSV files do, or shards.
 
     Raises:
-        EvaluationError: a shard is missing.
-        AuditError: the CSV file cannot be used.
+        UserError: a shard is missing.
+        UserError: the CSV file cannot be used.
     """
     if data.endswith(CSV_ENDINGS):
         if caption_lines:
-            raise AuditError(f"--caption-lines: is for shards, and {data} is a table; drop the flag")
+            raise UserError(f"--caption-lines: is for shards, and {data} is a table; drop the flag")
         return CsvRows(Path(data), image_key, caption_key, separator)
     return Shards(data, caption_lines)
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openclip_otco.audit import AuditError
-from openclip_otco.evaluate import EvaluationError
+from openclip_otco.errors import UserError
 
 # Captions are short; what is longer is cut, as OpenCLIP cuts it.
 _TOKENS = 77
@@ -41,7 +40,7 @@ class UnimodalTowers:
         """`(n, d)` features of `n` prepared images, `(n, 3, H, W)`.
 
         Raises:
-            EvaluationError: a feature is not finite.
+            UserError: a feature is not finite.
         """
         return self._checked(self.image_model(pixels.to(self.device)), "image")
 
@@ -50,7 +49,7 @@ class UnimodalTowers:
         """`(n, e)` features of `n` texts.
 
         Raises:
-            EvaluationError: a feature is not finite.
+            UserError: a feature is not finite.
         """
         tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=_TOKENS, return_tensors="pt")
         tokens = tokens.to(self.device)
@@ -61,7 +60,7 @@ class UnimodalTowers:
     def _checked(self, features: Tensor, kind: str) -> Tensor:
         features = features.float().cpu()
         if not features.isfinite().all():
-            raise EvaluationError(f"--towers {self.name}: the {kind} tower's features are not finite; name another one")
+            raise UserError(f"--towers {self.name}: the {kind} tower's features are not finite; name another one")
         return features
 
 
@@ -74,17 +73,17 @@ def load_towers(name: str, device: str | None = None) -> UnimodalTowers:
         device: of torch; the best there is by default.
 
     Raises:
-        AuditError: there is no such model, its weights cannot be had, or there is no such device.
+        UserError: there is no such model, its weights cannot be had, or there is no such device.
     """
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         image, text = _names(name)
         return _load(name, image, text, place)
-    except AuditError:
+    except UserError:
         raise
     except Exception as error:  # timm, transformers and the hub have no common base
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise AuditError(
+        raise UserError(
             f"--towers {name}: cannot be loaded: {reason} (give a model of this package that has pretrained towers, "
             "EfficientNet-Lite0-MiniLM-L6, or IMAGE+TEXT: a timm model, and a Hugging Face model or its folder)"
         ) from error

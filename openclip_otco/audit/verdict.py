@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openclip_otco.audit import AuditError
 from openclip_otco.audit.canonical import Moments, canonical_space
 from openclip_otco.audit.confidence import Judgement, groups, judge
 from openclip_otco.audit.structure import centred
 from openclip_otco.audit.two_groups import Array, WrongShare
 from openclip_otco.audit.witnesses import Testimony, ask_towers, with_second
+from openclip_otco.errors import UserError
 from openclip_otco.method.plan import TransportPlan
 from openclip_otco.method.solver import PlanSolver
 
@@ -61,7 +61,7 @@ def judge_window(
         images, captions: what tells images apart, and captions, `N` each.
 
     Raises:
-        AuditError: the plan cannot be solved.
+        UserError: the plan cannot be solved.
     """
     image, _ = groups(images, towers[0].device)
     caption, _ = groups(captions, towers[0].device)
@@ -83,7 +83,7 @@ def _coupled(solver: PlanSolver, images: Tensor, texts: Tensor) -> TransportPlan
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise AuditError(f"--epsilon {solver.epsilon}: {error}") from error
+        raise UserError(f"--epsilon {solver.epsilon}: {error}") from error
 
 
 def log_density(judged: Judgement) -> Array:

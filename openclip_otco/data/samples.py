@@ -12,7 +12,7 @@ from urllib.parse import urlparse
 
 from braceexpand import braceexpand
 
-from openclip_otco.evaluate import EvaluationError
+from openclip_otco.errors import UserError
 
 # OpenCLIP's, in its order of preference.
 IMAGE_TYPES = ("jpg", "png", "jpeg", "webp")
@@ -34,12 +34,12 @@ def shards(data: str) -> list[str]:
     """The shards that `data` names: brace ranges, and sources parted by `::`, as in OpenCLIP's `--val-data`.
 
     Raises:
-        EvaluationError: a local shard is missing.
+        UserError: a local shard is missing.
     """
     found = expanded(data)
     missing = [shard for shard in found if is_local(shard) and not Path(shard).is_file()]
     if missing:
-        raise EvaluationError(f"--data {data}: {len(missing)} of {len(found)} shards do not exist, first {missing[0]}")
+        raise UserError(f"--data {data}: {len(missing)} of {len(found)} shards do not exist, first {missing[0]}")
     return found
 
 
@@ -86,12 +86,12 @@ def expanded(data: str) -> list[str]:
     """The names of the shards that `data` names, whether there or not.
 
     Raises:
-        EvaluationError: braces that do not match.
+        UserError: braces that do not match.
     """
     try:
         return [shard for source in data.split("::") for shard in braceexpand(source)]
     except ValueError as error:
-        raise EvaluationError(f"--data {data}: cannot be expanded: {error}") from error
+        raise UserError(f"--data {data}: cannot be expanded: {error}") from error
 
 
 @functools.cache
@@ -109,7 +109,7 @@ def images(data: str) -> int | None:
     """Number of images in `data`, or None where a shard is not local.
 
     Raises:
-        EvaluationError: a shard is missing or no tar file.
+        UserError: a shard is missing or no tar file.
     """
     total = 0
     for shard in shards(data):
@@ -119,7 +119,7 @@ def images(data: str) -> int | None:
             with tarfile.open(shard) as tar:
                 total += sum(_kind(member.name) in IMAGE_TYPES for member in tar)
         except BROKEN as error:
-            raise EvaluationError(f"--data {data}: {shard} is no readable tar file ({last_line(error)})") from error
+            raise UserError(f"--data {data}: {shard} is no readable tar file ({last_line(error)})") from error
     return total
 
 
@@ -136,7 +136,7 @@ def batches(
         by_line: as `captions` takes it.
 
     Raises:
-        EvaluationError: a shard or a sample cannot be read.
+        UserError: a shard or a sample cannot be read.
     """
     import webdataset as wds
     from torch.utils.data import DataLoader
@@ -152,7 +152,7 @@ def batches(
     try:
         yield from loader
     except Exception as error:  # of the decoders, which have no common base, and through a worker as text
-        raise EvaluationError(f"--data {data}: {last_line(error)}") from error
+        raise UserError(f"--data {data}: {last_line(error)}") from error
 
 
 def _sample(files: dict[str, Any], preprocess: Callable[[Any], Any], by_line: bool) -> Sample:

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from openclip_otco.data import samples
-from openclip_otco.evaluate import EvaluationError
+from openclip_otco.errors import UserError
 from openclip_otco.evaluate.retriever import CalibratedRetriever
 
 if TYPE_CHECKING:
@@ -21,16 +21,16 @@ def of_checkpoint(checkpoint: Path, epsilon: float | None, device: torch.device 
     """By the plans that `--loss otco` cached.
 
     Raises:
-        EvaluationError: the checkpoint holds none that calibrate, or `epsilon` (`--calibrate-epsilon`) is too small.
+        UserError: the checkpoint holds none that calibrate, or `epsilon` (`--calibrate-epsilon`) is too small.
     """
     try:
         return CalibratedRetriever.from_checkpoint(checkpoint, epsilon, device)
-    except EvaluationError:
+    except UserError:
         raise
     except ValueError as error:
-        raise EvaluationError(f"--calibrate: {error}; name training shards by --calibrate-data") from error
+        raise UserError(f"--calibrate: {error}; name training shards by --calibrate-data") from error
     except RuntimeError as error:
-        raise EvaluationError(f"--calibrate-epsilon {epsilon}: {error}") from error
+        raise UserError(f"--calibrate-epsilon {epsilon}: {error}") from error
 
 
 def of_shards(
@@ -45,13 +45,13 @@ def of_shards(
     """By a plan over the first pairs of training shards.
 
     Raises:
-        EvaluationError: shards or `epsilon` (`--calibrate-epsilon`) that cannot be used.
+        UserError: shards or `epsilon` (`--calibrate-epsilon`) that cannot be used.
     """
     images, texts = training_features(encoder, data, pairs, batch_size, workers, by_line)
     try:
         return CalibratedRetriever.from_features(images, texts, epsilon, max_support=pairs, device=encoder.device)
     except RuntimeError as error:
-        raise EvaluationError(f"--calibrate-epsilon {epsilon}: {error}") from error
+        raise UserError(f"--calibrate-epsilon {epsilon}: {error}") from error
 
 
 def training_features(
@@ -62,7 +62,7 @@ def training_features(
     An image with several captions makes as many pairs.
 
     Raises:
-        EvaluationError: shards that cannot be read, or hold no captions.
+        UserError: shards that cannot be read, or hold no captions.
     """
     images: list[Tensor] = []
     texts: list[Tensor] = []
@@ -79,11 +79,11 @@ def training_features(
                 bar.update(len(captions))
                 if not missing:
                     break
-    except EvaluationError as error:
+    except UserError as error:
         # What reads shards takes them for those of `--data`.
-        raise EvaluationError(f"--calibrate-data {data}: {str(error).removeprefix(f'--data {data}: ')}") from error
+        raise UserError(f"--calibrate-data {data}: {str(error).removeprefix(f'--data {data}: ')}") from error
     if not images:
-        raise EvaluationError(f"--calibrate-data {data}: no captions (.txt, .json) beside the images")
+        raise UserError(f"--calibrate-data {data}: no captions (.txt, .json) beside the images")
     return torch.cat(images), torch.cat(texts)
 
 
@@ -91,16 +91,16 @@ def check_apart(data: str, training: str) -> None:
     """Sees to it that nothing is calibrated on what it is measured on.
 
     Raises:
-        EvaluationError: a shard of `training` is one of `data` as well.
+        UserError: a shard of `training` is one of `data` as well.
     """
     measured = {_identity(shard) for shard in samples.shards(data)}
     try:
         shards = samples.shards(training)
-    except EvaluationError as error:
-        raise EvaluationError(f"--calibrate-{str(error).removeprefix('--')}") from error
+    except UserError as error:
+        raise UserError(f"--calibrate-{str(error).removeprefix('--')}") from error
     shared = [shard for shard in shards if _identity(shard) in measured]
     if shared:
-        raise EvaluationError(
+        raise UserError(
             f"--calibrate-data {training}: {shared[0]} belongs to --data; calibrate on training shards, never on those "
             "that the result is measured on"
         )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from openclip_otco.data import samples
-from openclip_otco.evaluate import EvaluationError
+from openclip_otco.errors import UserError
 from openclip_otco.runs.arguments import add_caption_lines, add_frozen_features
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
             try:
                 write_text(args.out, json.dumps(found, indent=1) + "\n")
             except OSError as error:
-                raise EvaluationError(f"--out {args.out}: cannot be written: {error.strerror}") from error
-    except EvaluationError as error:
+                raise UserError(f"--out {args.out}: cannot be written: {error.strerror}") from error
+    except UserError as error:
         print(f"openclip-otco evaluate: {error}", file=sys.stderr)
         return UNUSABLE
     print(page(found))
@@ -94,7 +94,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """The metrics of `args.checkpoint` on `args.data`: `retrieval` where there are captions, `classification`.
 
     Raises:
-        EvaluationError: something that was given cannot be used.
+        UserError: something that was given cannot be used.
     """
     # Not at the top: they load torch, which `--help` does without.
     import torch
@@ -106,14 +106,14 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
     total = samples.images(args.data)
     if total == 0:
-        raise EvaluationError(f"--data {args.data}: no images ({', '.join(samples.IMAGE_TYPES)})")
+        raise UserError(f"--data {args.data}: no images ({', '.join(samples.IMAGE_TYPES)})")
     if args.templates and not args.classes:
-        raise EvaluationError("--templates: needs --classes")
+        raise UserError("--templates: needs --classes")
     names = zero_shot.read_lines("--classes", args.classes) if args.classes else []
     templates = zero_shot.read_templates(args.templates) if args.templates else _default_templates()
     for flag, value in (("data", args.calibrate_data), ("epsilon", args.calibrate_epsilon)):
         if value and not args.calibrate:
-            raise EvaluationError(f"--calibrate-{flag}: needs --calibrate")
+            raise UserError(f"--calibrate-{flag}: needs --calibrate")
     if args.calibrate_data:
         calibration.check_apart(args.data, args.calibrate_data)
     encoder = checkpoint.load(args.checkpoint, args.model, args.precision, args.device, args.frozen_features)
@@ -143,11 +143,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
                 "plans": [{"step": plan.step, "pairs": len(plan), "epsilon": plan.epsilon} for plan in retriever.plans],
             }
     elif args.calibrate:
-        raise EvaluationError(f"--calibrate: --data {args.data} holds no captions (.txt, .json) to retrieve")
+        raise UserError(f"--calibrate: --data {args.data} holds no captions (.txt, .json) to retrieve")
     encoder.save_frozen()
     if labels and names:
         if not 0 <= min(labels) <= max(labels) < len(names):
-            raise EvaluationError(
+            raise UserError(
                 f"--classes {args.classes}: has {len(names)} names, for labels of {min(labels)} to {max(labels)}"
             )
         classes = zero_shot.class_features(encoder, names, templates)
@@ -155,7 +155,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     elif labels:
         print("the shards hold classes (.cls): name them by --classes for zero-shot classification", file=sys.stderr)
     elif names:
-        raise EvaluationError(f"--classes {args.classes}: the shards hold no classes (.cls) to compare with")
+        raise UserError(f"--classes {args.classes}: the shards hold no classes (.cls) to compare with")
     return found
 
 
@@ -236,12 +236,10 @@ def _images(encoder: Encoder, args: argparse.Namespace, total: int | None) -> tu
         )
     labelled = [sample.label for sample in kept if sample.label is not None]
     if not captioned and not labelled:
-        raise EvaluationError(
-            f"--data {args.data}: neither captions (.txt, .json) nor classes (.cls) beside the images"
-        )
+        raise UserError(f"--data {args.data}: neither captions (.txt, .json) nor classes (.cls) beside the images")
     for what, part in (("caption", len(captioned)), ("class", len(labelled))):
         if part not in (0, len(kept)):
-            raise EvaluationError(f"--data {args.data}: {len(kept) - part} of {len(kept)} images have no {what}")
+            raise UserError(f"--data {args.data}: {len(kept) - part} of {len(kept)} images have no {what}")
     return torch.cat(features), [sample.captions for sample in kept], labelled
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from openclip_otco.evaluate import EvaluationError
+from openclip_otco.errors import UserError
 from openclip_otco.evaluate.ranks import ranks
 from openclip_otco.runs.encoder import Encoder
 
@@ -15,14 +15,14 @@ def read_lines(flag: str, path: Path) -> list[str]:
     """The lines of a text file that have something in them.
 
     Raises:
-        EvaluationError: it cannot be read, or has no such line.
+        UserError: it cannot be read, or has no such line.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{flag} {path}: cannot be read: {error}") from error
+        raise UserError(f"{flag} {path}: cannot be read: {error}") from error
     if not lines:
-        raise EvaluationError(f"{flag} {path}: is empty; give one entry a line")
+        raise UserError(f"{flag} {path}: is empty; give one entry a line")
     return lines
 
 
@@ -30,12 +30,12 @@ def read_templates(path: Path) -> list[str]:
     """Prompts with one `{c}` (clip-benchmark's form) or `{}` (OpenCLIP's) each, as the latter.
 
     Raises:
-        EvaluationError: the file cannot be read, or a line has no place for the class name.
+        UserError: the file cannot be read, or a line has no place for the class name.
     """
     templates = [line.replace("{c}", "{}") for line in read_lines("--templates", path)]
     for template in templates:
         if template.count("{}") != 1:
-            raise EvaluationError(f"--templates {path}: {template!r} needs one {{c}} where the class name goes")
+            raise UserError(f"--templates {path}: {template!r} needs one {{c}} where the class name goes")
     return templates
 
 

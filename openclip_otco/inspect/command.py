@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openclip_otco.evaluate import EvaluationError
+from openclip_otco.errors import UserError
 
 if TYPE_CHECKING:
     from openclip_otco.inspect.saved import Saved
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Do what `args` ask for: 0, or 2 after one line about what to change."""
     try:
         path = inspect(args)
-    except EvaluationError as error:
+    except UserError as error:
         print(f"openclip-otco inspect: {error}", file=sys.stderr)
         return UNUSABLE
     print(path)
@@ -53,7 +53,7 @@ def inspect(args: argparse.Namespace) -> Path:
         The page's file.
 
     Raises:
-        EvaluationError: the folder holds no run, shards that were asked for are missing, or the page cannot be written.
+        UserError: the folder holds no run, shards that were asked for are missing, or the page cannot be written.
     """
     # Not at the top: they load torch, which `--help` does without.
     from openclip_otco.data import samples
@@ -65,7 +65,7 @@ def inspect(args: argparse.Namespace) -> Path:
 
     folder: Path = args.run_dir
     if not any((folder / name).exists() for name in ("params.txt", "out.log", "checkpoints", "tensorboard")):
-        raise EvaluationError(f"RUN_DIR {folder}: no run of OpenCLIP: name the folder that holds its params.txt")
+        raise UserError(f"RUN_DIR {folder}: no run of OpenCLIP: name the folder that holds its params.txt")
     if args.data is not None:
         samples.shards(args.data)
     params = checkpoint.params(folder / "checkpoints" / "epoch_N.pt")
@@ -85,7 +85,7 @@ def inspect(args: argparse.Namespace) -> Path:
             plan=section,
         )
     except OSError as error:
-        raise EvaluationError(f"--out {path}: cannot be written: {error.strerror}; name another file") from error
+        raise UserError(f"--out {path}: cannot be written: {error.strerror}; name another file") from error
     return path
 
 
@@ -93,7 +93,7 @@ def _pairs(args: argparse.Namespace, saved: Saved | None, params: Mapping[str, A
     """Pairs of `--data`, or of the run's own shards, encoded with the checkpoint's weights.
 
     Raises:
-        EvaluationError: there are none, with what to do about it.
+        UserError: there are none, with what to do about it.
     """
     from openclip_otco.data import samples
     from openclip_otco.inspect.pairs import encode_pairs
@@ -102,19 +102,19 @@ def _pairs(args: argparse.Namespace, saved: Saved | None, params: Mapping[str, A
     data = args.data or params.get("train_data")
     # What a run's folder says may be a stranger's, and a `pipe:` is a command.
     if args.data is None and isinstance(data, str) and not all(map(samples.is_local, samples.expanded(data))):
-        raise EvaluationError(f"The run's --train-data {data} is no local file. Name shards to show by --data")
+        raise UserError(f"The run's --train-data {data} is no local file. Name shards to show by --data")
     if saved is None:
-        raise EvaluationError(
+        raise UserError(
             "There is no checkpoint yet. OpenCLIP saves one after each --save-frequency epochs and at the end; "
             "run this command again then"
         )
     if not isinstance(data, str) or ".csv" in data or params.get("dataset_type") in ("csv", "synthetic"):
-        raise EvaluationError("The run was not trained on webdataset shards. Name some of its kind by --data")
+        raise UserError("The run was not trained on webdataset shards. Name some of its kind by --data")
     try:
         encoder = checkpoint.load(saved.checkpoint, precision=args.precision, device=args.device)
         return encode_pairs(encoder, data, args.pairs, args.batch_size, args.workers)
-    except EvaluationError as error:
-        raise EvaluationError(f"{error}. If the shards moved, name them by --data") from error
+    except UserError as error:
+        raise UserError(f"{error}. If the shards moved, name them by --data") from error
 
 
 def _positive(text: str) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from openclip_otco.data import samples
-from openclip_otco.evaluate import EvaluationError
+from openclip_otco.errors import UserError
 from openclip_otco.pages.thumbnail import thumbnail
 from openclip_otco.runs.encoder import Encoder
 
@@ -43,7 +43,7 @@ def encode_pairs(encoder: Encoder, data: str, count: int, batch_size: int, worke
     """The first `count` pairs of the shards `data`; of an image with several captions, the first caption.
 
     Raises:
-        EvaluationError: a shard cannot be read, features are not finite, or there are fewer than two pairs.
+        UserError: a shard cannot be read, features are not finite, or there are fewer than two pairs.
     """
     prepare = functools.partial(_prepared, preprocess=encoder.preprocess)
     shown: list[Pair] = []
@@ -59,7 +59,7 @@ def encode_pairs(encoder: Encoder, data: str, count: int, batch_size: int, worke
             if len(shown) >= count:
                 break
     if len(shown) < 2:
-        raise EvaluationError(f"--data {data}: has no two images with captions (.txt, .json)")
+        raise UserError(f"--data {data}: has no two images with captions (.txt, .json)")
     return Pairs(tuple(shown), torch.cat(images), torch.cat(texts))
 
 

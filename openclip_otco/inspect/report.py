@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from openclip_otco.evaluate import EvaluationError
+from openclip_otco.errors import UserError
 from openclip_otco.inspect.history import Curve, History
 from openclip_otco.inspect.negatives import Sample, block_of, hardest_negatives, spread
 from openclip_otco.inspect.pairs import Pair, Pairs
@@ -117,7 +117,7 @@ def plan_section(
 
     Args:
         saved: the run's checkpoint, if it has one.
-        pairs: gives pairs encoded with its weights, or raises `EvaluationError` with what to do about it.
+        pairs: gives pairs encoded with its weights, or raises `UserError` with what to do about it.
         params: of the run.
         samples: pairs to show.
         negatives: hardest negatives of each, each way.
@@ -130,7 +130,7 @@ def plan_section(
         source = (
             f"a plan of {len(plan):,} training pairs, made with the checkpoint's weights and epsilon {plan.epsilon:g}"
         )
-    except (EvaluationError, RuntimeError) as error:
+    except (UserError, RuntimeError) as error:
         note = f"No pictures: {error}."
         plans = [plan for plan in (saved.plans if saved is not None else ()) if plan.coupled]
         if not plans:

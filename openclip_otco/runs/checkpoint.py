@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from openclip_otco.evaluate import EvaluationError
+from openclip_otco.errors import UserError
 from openclip_otco.frozen.towers import FrozenTower, freeze_towers
 from openclip_otco.method.plan import TransportPlan
 from openclip_otco.runs.encoder import Encoder
@@ -53,17 +53,17 @@ def read(checkpoint: Path) -> dict[str, Any]:
     """All that is in a checkpoint; no code in the file is run (`weights_only`).
 
     Raises:
-        EvaluationError: the file is missing, broken, not written to its end, or no checkpoint.
+        UserError: the file is missing, broken, not written to its end, or no checkpoint.
     """
     if not checkpoint.is_file():
-        raise EvaluationError(f"CHECKPOINT {checkpoint}: no such file")
+        raise UserError(f"CHECKPOINT {checkpoint}: no such file")
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise EvaluationError(f"CHECKPOINT {checkpoint}: cannot be read: {reason}") from error
+        raise UserError(f"CHECKPOINT {checkpoint}: cannot be read: {reason}") from error
     if not isinstance(content, dict):
-        raise EvaluationError(f"CHECKPOINT {checkpoint}: holds no weights of a model under `state_dict`")
+        raise UserError(f"CHECKPOINT {checkpoint}: holds no weights of a model under `state_dict`")
     return content
 
 
@@ -71,12 +71,12 @@ def state_dict(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The model's weights in a checkpoint.
 
     Raises:
-        EvaluationError: the file cannot be read, or holds no weights.
+        UserError: the file cannot be read, or holds no weights.
     """
     content = read(checkpoint)
     weights = content.get("state_dict", content)
     if not weights or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
-        raise EvaluationError(f"CHECKPOINT {checkpoint}: holds no weights of a model under `state_dict`")
+        raise UserError(f"CHECKPOINT {checkpoint}: holds no weights of a model under `state_dict`")
     return {_bare(name): weight for name, weight in weights.items()}
 
 
@@ -84,7 +84,7 @@ def cached_plans(checkpoint: Path) -> list[TransportPlan]:
     """The transport plans that `--loss otco` left in a checkpoint, oldest first; none where another loss trained it.
 
     Raises:
-        EvaluationError: the file is missing, or its plans cannot be used.
+        UserError: the file is missing, or its plans cannot be used.
     """
     plugins = read(checkpoint).get("plugins")
     if not isinstance(plugins, dict) or "otco" not in plugins:
@@ -92,7 +92,7 @@ def cached_plans(checkpoint: Path) -> list[TransportPlan]:
     try:
         return [TransportPlan.from_state_dict(plan) for plan in plugins["otco"]["cache"]["plans"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise EvaluationError(f"CHECKPOINT {checkpoint}: its cached plans cannot be used: {error}") from error
+        raise UserError(f"CHECKPOINT {checkpoint}: its cached plans cannot be used: {error}") from error
 
 
 def load(
@@ -113,16 +113,16 @@ def load(
             one that `params.txt` names is not touched.
 
     Raises:
-        EvaluationError: the checkpoint, the model or the device cannot be used.
+        UserError: the checkpoint, the model or the device cannot be used.
     """
     run = params(checkpoint)
     weights = state_dict(checkpoint)
     name = model or run.get("model")
     if name is None:
         where = checkpoint.parent.parent / "params.txt"
-        raise EvaluationError(f"CHECKPOINT {checkpoint}: {where} does not tell its model; name it by --model")
+        raise UserError(f"CHECKPOINT {checkpoint}: {where} does not tell its model; name it by --model")
     if model is None and ":" in str(name):  # a schema of OpenCLIP's, such as hf-hub:
-        raise EvaluationError(f"CHECKPOINT {checkpoint}: its run loaded the model {name}; to do so too, give --model")
+        raise UserError(f"CHECKPOINT {checkpoint}: its run loaded the model {name}; to do so too, give --model")
     precision = precision or str(run.get("precision", "fp32"))
     place = _device(device, run.get("device"))
     made, preprocess, tokenizer = _make(str(name), precision, place, run, "logit_bias" in weights)
@@ -132,7 +132,7 @@ def load(
         # The rest of the message names each weight on a line of its own.
         first = str(error).splitlines()[1].strip()
         hint = first if len(first) < 200 else f"{first[:200]}..."
-        raise EvaluationError(f"CHECKPOINT {checkpoint}: is not of model {name} (--model): {hint}") from error
+        raise UserError(f"CHECKPOINT {checkpoint}: is not of model {name} (--model): {hint}") from error
     made.eval()
 
     from open_clip import get_input_dtype
@@ -156,7 +156,7 @@ def _frozen(model: Any, run: dict[str, Any], precision: str, folder: Path | None
     """The locked towers of a run with `--frozen-features`, which remember their features if there is a `folder`."""
     if not isinstance(run.get("frozen_features"), str):
         if folder is not None:
-            raise EvaluationError(f"--frozen-features {folder}: the run was trained without; drop the flag")
+            raise UserError(f"--frozen-features {folder}: the run was trained without; drop the flag")
         return []
     if run.get("lock_image"):
         model.lock_image_tower()
@@ -178,16 +178,16 @@ def _make(name: str, precision: str, device: torch.device, run: dict[str, Any], 
     try:
         prepare_model(name)
         if problem := check_model(name):
-            raise EvaluationError(f"--model {problem}")
+            raise UserError(f"--model {problem}")
         with _no_talk_of_weights():
             model, _, preprocess = open_clip.create_model_and_transforms(
                 name, precision=precision, device=device, pretrained_text=False, **options
             )
         tokenizer = open_clip.get_tokenizer(name, context_length=run.get("force_context_length"))
-    except EvaluationError:
+    except UserError:
         raise
     except Exception as error:  # whatever the flags in `params.txt` make OpenCLIP stumble over
-        raise EvaluationError(f"--model {name}: {next(iter(str(error).splitlines()), repr(error))}") from error
+        raise UserError(f"--model {name}: {next(iter(str(error).splitlines()), repr(error))}") from error
     return model, preprocess, tokenizer
 
 
@@ -199,11 +199,11 @@ def _device(given: str | None, of_run: Any) -> torch.device:
         try:
             device = torch.device(name)
         except RuntimeError as error:
-            raise EvaluationError(f"--device {name}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
         if device.type != "cuda" or cuda:
             return device
         if given:
-            raise EvaluationError(f"--device {name}: CUDA is not available here; give --device cpu")
+            raise UserError(f"--device {name}: CUDA is not available here; give --device cpu")
     return torch.device("cuda" if cuda else "cpu")
 
 

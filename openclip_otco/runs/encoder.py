@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openclip_otco.evaluate import EvaluationError
+from openclip_otco.errors import UserError
 from openclip_otco.frozen.towers import FrozenTower
 
 
@@ -40,7 +40,7 @@ class Encoder:
         """`(n, d)` features of `n` preprocessed images, `(3, H, W)` each.
 
         Raises:
-            EvaluationError: a feature is not finite.
+            UserError: a feature is not finite.
         """
         return self.images_and_tower(images)[0]
 
@@ -49,7 +49,7 @@ class Encoder:
         """`(n, d)` features of the model, and `(n, e)` of its image tower alone where that is locked, else the same.
 
         Raises:
-            EvaluationError: a feature is not finite.
+            UserError: a feature is not finite.
         """
         batch = torch.stack(list(images)).to(self.device, self.input_dtype)
         with self.autocast():
@@ -60,7 +60,7 @@ class Encoder:
         """`(n, d)` features of `n` texts.
 
         Raises:
-            EvaluationError: a feature is not finite.
+            UserError: a feature is not finite.
         """
         return self.texts_and_tower(texts)[0]
 
@@ -69,7 +69,7 @@ class Encoder:
         """`(n, d)` features of the model, and `(n, e)` of its text tower alone where that is locked, else the same.
 
         Raises:
-            EvaluationError: a feature is not finite.
+            UserError: a feature is not finite.
         """
         tokens = self.tokenizer(list(texts)).to(self.device)
         with self.autocast():
@@ -92,5 +92,5 @@ class Encoder:
         features = features.float().cpu()
         # Nothing compares with NaN: every query would come out first.
         if not features.isfinite().all():
-            raise EvaluationError(f"the model's {kind} features are not finite: it diverged, or needs --precision fp32")
+            raise UserError(f"the model's {kind} features are not finite: it diverged, or needs --precision fp32")
         return features

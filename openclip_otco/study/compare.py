@@ -13,13 +13,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from openclip_otco.errors import UserError
 from openclip_otco.study import look, results, shards
 from openclip_otco.study.child import Launcher
 from openclip_otco.study.lock import locked
 from openclip_otco.study.progress import Progress
 from openclip_otco.study.results import Result
 from openclip_otco.study.run import OPEN_CLIP, Run, RunFailed, run_name, runs
-from openclip_otco.study.study import Study, StudyError, load, shipped_studies
+from openclip_otco.study.study import Study, load, shipped_studies
 
 OK, FAILED, UNUSABLE, STOPPED = 0, 1, 2, 130
 
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace, trainer: Sequence[str] = OPEN_CLIP) -> int:
             check_patched(study)
         with _stopped_by_signals():
             return compare(study, out, trainer, args.jobs)
-    except StudyError as error:
+    except UserError as error:
         print(f"openclip-otco compare: {error}", file=sys.stderr)
         return UNUSABLE
     except KeyboardInterrupt:
@@ -75,7 +76,7 @@ def check_patched(study: Study) -> None:
     Unpatched, it takes `--loss otco` for an abbreviation of `--loss-dist-impl otco` and silently trains CLIP.
 
     Raises:
-        StudyError: it is not patched; the message is that of `openclip-otco patch --status`.
+        UserError: it is not patched; the message is that of `openclip-otco patch --status`.
     """
     status = subprocess.run(
         [sys.executable, "-m", "openclip_otco.cli", "patch", "--status"],
@@ -85,7 +86,7 @@ def check_patched(study: Study) -> None:
         errors="replace",
     )
     if status.returncode:
-        raise StudyError(
+        raise UserError(
             f"{study.source}: its losses need a patched OpenCLIP (`openclip-otco patch`): {status.stdout.strip()}"
         )
 
@@ -94,7 +95,7 @@ def compare(study: Study, out: Path, trainer: Sequence[str] = OPEN_CLIP, jobs: i
     """Run what is not finished of `study` in the folder `out`, `jobs` at once, then report; 1 if a run failed, else 0.
 
     Raises:
-        StudyError: scenes cannot be made, or another process is at work in the folder.
+        UserError: scenes cannot be made, or another process is at work in the folder.
         KeyboardInterrupt: a signal stopped it; all that it had started is stopped as well.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -121,10 +122,10 @@ def report(study: Study, out: Path, found: Sequence[Result]) -> None:
     """Write table and pictures of `found` into `out`, and print the table and where they are.
 
     Raises:
-        StudyError: there are no results.
+        UserError: there are no results.
     """
     if not found:
-        raise StudyError(f"{out / 'results.jsonl'}: has no results of study {study.name}")
+        raise UserError(f"{out / 'results.jsonl'}: has no results of study {study.name}")
     # Not at the top: they load scipy and matplotlib, which `--help` and `--dry-run` do without.
     from openclip_otco.study import figure, table
 
@@ -218,7 +219,7 @@ def _of_study(study: Study, path: Path) -> list[Result]:
     found: dict[str, Result] = {}
     for result in results.read(path):
         if result.run in names and found.setdefault(result.run, result) != result:
-            raise StudyError(f"{path}: has two different lines of {result.run}; remove one")
+            raise UserError(f"{path}: has two different lines of {result.run}; remove one")
     return list(found.values())
 
 

@@ -15,30 +15,28 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+from openclip_otco.errors import UserError
+
 SOURCE = "OPENCLIP_OTCO_FLICKR8K"
 # Goes up whenever the same source begins to give other shards.
 VERSION = 1
 _SHARDS_PER_CAPTION = 2
 
 
-class Flickr8kError(ValueError):
-    """A source that cannot be used; the message is one line that names the file and the cure."""
-
-
 def source_folder(given: str | None = None) -> Path:
     """The folder with Flickr8k: `given`, or what the environment variable names.
 
     Raises:
-        Flickr8kError: neither is given, or it is no folder with `train-*.tar` and `dev-*.tar`.
+        UserError: neither is given, or it is no folder with `train-*.tar` and `dev-*.tar`.
     """
     named = given or os.environ.get(SOURCE)
     wanted = "a folder with train-*.tar, dev-*.tar and mismatch-*.csv"
     if not named:
-        raise Flickr8kError(f"Flickr8k: let the environment variable {SOURCE} name {wanted}")
+        raise UserError(f"Flickr8k: let the environment variable {SOURCE} name {wanted}")
     folder = Path(named).expanduser()
     for split in ("train", "dev"):
         if not any(folder.glob(f"{split}-*.tar")):
-            raise Flickr8kError(f"Flickr8k: {folder} has no {split}-*.tar; let {SOURCE} name {wanted}")
+            raise UserError(f"Flickr8k: {folder} has no {split}-*.tar; let {SOURCE} name {wanted}")
     return folder
 
 
@@ -59,14 +57,14 @@ def write_train(source: Path, folder: Path, mismatch: str = NO_MISMATCH, matched
         matched_only: leave the images of the list out.
 
     Raises:
-        Flickr8kError: the list is missing, or does not fit the images.
+        UserError: the list is missing, or does not fit the images.
     """
     from webdataset.writer import TarWriter  # Imported late: WebDataset imports torch.
 
     samples = dict(_samples(source, "train"))
     donors = _donors(source, mismatch) if mismatch != NO_MISMATCH else {}
     if strangers := sorted({*donors, *donors.values()} - samples.keys()):
-        raise Flickr8kError(f"Flickr8k: {_list(source, mismatch)} names {strangers[0]}, which no train-*.tar holds")
+        raise UserError(f"Flickr8k: {_list(source, mismatch)} names {strangers[0]}, which no train-*.tar holds")
     captions = {key: samples[donors.get(key, key)][1] for key in samples}
     keys = sorted(samples.keys() - donors.keys() if matched_only else samples)
     random.Random(VERSION).shuffle(keys)
@@ -124,7 +122,7 @@ def _samples(source: Path, split: str) -> Iterator[tuple[str, tuple[bytes, list[
                     else:
                         captions[key] = json.loads(stream.read())["captions"]
         if odd := sorted(images.keys() ^ captions.keys()):
-            raise Flickr8kError(f"Flickr8k: {path} lacks {odd[0]}.jpg or {odd[0]}.json; copy the shard anew")
+            raise UserError(f"Flickr8k: {path} lacks {odd[0]}.jpg or {odd[0]}.json; copy the shard anew")
         for key in images:
             yield key, (images[key], captions[key])
 
@@ -138,7 +136,7 @@ def _donors(source: Path, mismatch: str) -> dict[str, str]:
     path = _list(source, mismatch)
     if not path.is_file():
         there = sorted(path.stem for path in source.glob("mismatch-*.csv"))
-        raise Flickr8kError(f"Flickr8k: {path} is missing; there is {', '.join([NO_MISMATCH, *there])}")
+        raise UserError(f"Flickr8k: {path} is missing; there is {', '.join([NO_MISMATCH, *there])}")
     with path.open(newline="", encoding="utf-8") as stream:
         return {row["key"]: row["caption_key"] for row in csv.DictReader(stream)}
 

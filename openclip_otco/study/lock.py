@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from openclip_otco.study.study import StudyError
+from openclip_otco.errors import UserError
 
 
 @contextlib.contextmanager
@@ -17,14 +17,14 @@ def locked(folder: Path) -> Iterator[int]:
     folder, but not before the trainings that it could not stop have ended.
 
     Raises:
-        StudyError: another process holds it.
+        UserError: another process holds it.
     """
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise StudyError(
+            raise UserError(
                 f"{folder}: is in use by another `compare` (process {file.read().strip() or 'unknown'}), or by a "
                 "training that it left when it was killed; wait for it, or name another folder by --out"
             ) from None

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from openclip_otco.errors import UserError
 from openclip_otco.study import results, table
 from openclip_otco.study.reliability import reliability_picture
 from openclip_otco.study.results import Result, standard
-from openclip_otco.study.study import Study, StudyError, arguments, load
+from openclip_otco.study.study import Study, arguments, load
 
 TEMPLATE = "page.md.jinja"
 _NOTE = "<!-- Made by `openclip-otco results` from {template}: edit that, and run it again. -->\n"
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         out = args.out or args.folder.with_suffix(".md")
         results.write_text(out, page(args.folder, args.figures, args.template))
-    except (StudyError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"openclip-otco results: {error}", file=sys.stderr)
         return 2
     return 0
@@ -62,13 +63,13 @@ def page(folder: Path, figures: bool = False, template: str = TEMPLATE) -> str:
         template: its file in `folder`.
 
     Raises:
-        StudyError: no template, a mistake in it, or a study or run that is not there.
+        UserError: no template, a mistake in it, or a study or run that is not there.
     """
     import jinja2
 
     path = folder / template
     if not path.is_file():
-        raise StudyError(f"{path} is missing; a page of results is a Jinja template")
+        raise UserError(f"{path} is missing; a page of results is a Jinja template")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     known: dict[str, StudyResults] = {}
 
@@ -85,7 +86,7 @@ def page(folder: Path, figures: bool = False, template: str = TEMPLATE) -> str:
         )
     except jinja2.TemplateError as error:
         line = getattr(error, "lineno", None)
-        raise StudyError(f"{path}{f', line {line}' if line else ''}: {error}") from error
+        raise UserError(f"{path}{f', line {line}' if line else ''}: {error}") from error
     return _NOTE.format(template=f"{folder.name}/{template}") + text
 
 
@@ -146,14 +147,14 @@ class Lines:
         """The list at `path`.
 
         Raises:
-            StudyError: the file is missing, or a line is no JSON object.
+            UserError: the file is missing, or a line is no JSON object.
         """
         try:
             found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         except (OSError, ValueError) as error:
-            raise StudyError(f"{path}: cannot be read: {error}") from error
+            raise UserError(f"{path}: cannot be read: {error}") from error
         if not all(isinstance(each, dict) for each in found):
-            raise StudyError(f"{path}: has a line that is no JSON object")
+            raise UserError(f"{path}: has a line that is no JSON object")
         return cls(path, found)
 
     def where(self, **values: Any) -> Lines:
@@ -166,22 +167,22 @@ class Lines:
         """The values that they have under `name`.
 
         Raises:
-            StudyError: there is none.
+            UserError: there is none.
         """
         found = [each[name] for each in self.all if name in each]
         if not found:
-            raise StudyError(f"{self.path}: none of the lines asked for has {name}")
+            raise UserError(f"{self.path}: none of the lines asked for has {name}")
         return found
 
     def one(self, name: str) -> Any:
         """The only value under `name`.
 
         Raises:
-            StudyError: there is none, or more than one.
+            UserError: there is none, or more than one.
         """
         found = self.of(name)
         if len(found) > 1:
-            raise StudyError(f"{self.path}: {len(found)} of the lines asked for have {name}, and not one")
+            raise UserError(f"{self.path}: {len(found)} of the lines asked for have {name}, and not one")
         return found[0]
 
     def spread(self, name: str) -> Spread:
@@ -193,7 +194,7 @@ class Lines:
         bases = {each[by]: each[name] for each in other.all if name in each}
         found = [each[name] - bases[each[by]] for each in self.all if name in each and each[by] in bases]
         if not found:
-            raise StudyError(f"{self.path}: no two of the lines asked for have one {by}, and {name}")
+            raise UserError(f"{self.path}: no two of the lines asked for have one {by}, and {name}")
         return Spread.of(found)
 
 
@@ -263,7 +264,7 @@ class StudyResults:
         """Mean rsum in percent of the baseline's on clean data."""
         clean = table.clean_setting(self.study)
         if clean is None:
-            raise StudyError(f"{self.study.name}: no setting without mismatch beside others")
+            raise UserError(f"{self.study.name}: no setting without mismatch beside others")
         return 100 * self.rsum(data, loss).mean / self.rsum(clean.name, self.study.losses[0].name).mean
 
     def figure(self, kind: str) -> str:
@@ -277,7 +278,7 @@ class StudyResults:
                 if (made := Path(drawn, f"{kind}.png")).is_file():
                     shutil.copyfile(made, path)
         if not path.is_file():
-            raise StudyError(f"{path} is missing; give --figures, or show another picture")
+            raise UserError(f"{path} is missing; give --figures, or show another picture")
         return f"{self.folder.name}/{path.name}"
 
     def _rsum(self, run: Result) -> float:
@@ -286,7 +287,7 @@ class StudyResults:
     def _runs(self, data: str, loss: str) -> list[Result]:
         found = table.cell(self.kept, data, loss)
         if not found:
-            raise StudyError(f"{self.folder / self.study.name}.jsonl has no run of {loss} on {data}")
+            raise UserError(f"{self.folder / self.study.name}.jsonl has no run of {loss} on {data}")
         return found
 
     def _pairs(
@@ -295,7 +296,7 @@ class StudyResults:
         bases: dict[int, Any] = {run.seed: run for run in self._runs(data, base or self.study.losses[0].name)}
         pairs = [(of(run), of(bases[run.seed])) for run in self._runs(data, loss) if run.seed in bases]
         if not pairs:
-            raise StudyError(f"{self.folder / self.study.name}.jsonl: no seed of {loss} on {data} has its baseline")
+            raise UserError(f"{self.folder / self.study.name}.jsonl: no seed of {loss} on {data} has its baseline")
         return pairs
 
 

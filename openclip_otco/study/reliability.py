@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from openclip_otco.study.study import StudyError
+from openclip_otco.errors import UserError
 
 
 def reliability_picture(path: Path, lines: Sequence[Mapping[str, Any]], draw: bool) -> str:
@@ -20,11 +20,11 @@ def reliability_picture(path: Path, lines: Sequence[Mapping[str, Any]], draw: bo
         draw: draw the picture anew.
 
     Raises:
-        StudyError: a line has no bins, or the picture is missing and is not to be drawn.
+        UserError: a line has no bins, or the picture is missing and is not to be drawn.
     """
     picture = path.with_name(f"{path.stem}-reliability.png")
     if not lines or not all("bins" in line for line in lines):
-        raise StudyError(f"{path}: a reliability diagram needs lines with bins, and there are others, or none")
+        raise UserError(f"{path}: a reliability diagram needs lines with bins, and there are others, or none")
     if draw:
         from openclip_otco.study.figure import pyplot
 
@@ -32,7 +32,7 @@ def reliability_picture(path: Path, lines: Sequence[Mapping[str, Any]], draw: bo
         figure.savefig(picture, dpi=150)
         pyplot.close(figure)
     if not picture.is_file():
-        raise StudyError(f"{picture} is missing; give --figures")
+        raise UserError(f"{picture} is missing; give --figures")
     return f"{picture.parent.name}/{picture.name}"
 
 

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from openclip_otco.errors import UserError
 from openclip_otco.study.log import rsum
-from openclip_otco.study.study import Flags, StudyError
+from openclip_otco.study.study import Flags
 from openclip_otco.version import __version__
 
 
@@ -99,7 +100,7 @@ def read(path: Path) -> list[Result]:
     """The results in `path`, empty if there is no such file.
 
     Raises:
-        StudyError: a line that is no result.
+        UserError: a line that is no result.
     """
     if not path.is_file():
         return []
@@ -108,5 +109,5 @@ def read(path: Path) -> list[Result]:
         try:
             results.append(parse(text))
         except ValueError as error:
-            raise StudyError(f"{path}: line {number} is no result: {error}") from error
+            raise UserError(f"{path}: line {number} is no result: {error}") from error
     return results

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from openclip_otco.errors import UserError
 from openclip_otco.study import flickr8k
-from openclip_otco.study.study import DataSetting, Flags, Flickr8k, StudyError, arguments
+from openclip_otco.study.study import DataSetting, Flags, Flickr8k, arguments
 
 # Stands for the study's output folder in the flags of a run, so that they name no path of one machine.
 OUT = "OUT"
@@ -44,7 +45,7 @@ def make(setting: DataSetting, out: Path) -> None:
     """Make the shards of `setting` under `out/data`, unless they are there and were made alike.
 
     Raises:
-        StudyError: they cannot be made, or a folder holds something that this command did not make.
+        UserError: they cannot be made, or a folder holds something that this command did not make.
     """
     of = f"data.{setting.name}"
     if setting.scenes is not None:
@@ -71,8 +72,8 @@ def make(setting: DataSetting, out: Path) -> None:
                 f"writing the shards of {of}",
             )
             _make_once(val, _FLICKR8K, recipe, lambda part: flickr8k.write_val(source(), part))
-        except flickr8k.Flickr8kError as error:
-            raise StudyError(f"{of}: {error}") from error
+        except flickr8k.UserError as error:
+            raise UserError(f"{of}: {error}") from error
 
 
 def _make_once(folder: Path, marker: str, recipe: Any, make: Callable[[Path], None], announcement: str = "") -> None:
@@ -82,7 +83,7 @@ def _make_once(folder: Path, marker: str, recipe: Any, make: Callable[[Path], No
             return
         shutil.rmtree(folder)
     elif folder.exists():
-        raise StudyError(f"{folder}: is in the way of the study's data, and was not made by `compare`; move it away")
+        raise UserError(f"{folder}: is in the way of the study's data, and was not made by `compare`; move it away")
     # Made beside its place and moved there whole: a folder under its final name is complete.
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -100,7 +101,7 @@ def _render(setting: DataSetting, folder: Path) -> None:
     )
     if done.returncode or not list(folder.glob("train/*.tar")):
         tail = " / ".join(done.stdout.strip().splitlines()[-3:]) or "no shards were written"
-        raise StudyError(f"data.{setting.name}: scenes failed (exit {done.returncode}): {tail}")
+        raise UserError(f"data.{setting.name}: scenes failed (exit {done.returncode}): {tail}")
 
 
 def _flickr8k_folders(setting: DataSetting, out: Path) -> tuple[Path, Path]:

@@ -8,6 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from openclip_otco.errors import UserError
+
 FlagValue = bool | int | float | str | list[Any]
 Flags = dict[str, FlagValue]
 
@@ -20,10 +22,6 @@ RESERVED_FLAGS = frozenset({"logs", "name", "seed", "resume", "loss", "siglip"})
 # Single separators only, so that "--" keeps the parts of a run's name apart.
 _NAME = re.compile(r"[A-Za-z0-9]+([._-][A-Za-z0-9]+)*")
 _FLAG = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
-
-
-class StudyError(ValueError):
-    """A study that cannot be used; the message is one line that names the file and the key."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def load(study: str) -> Study:
     """Read the study file at the path `study`, or the shipped study of that name.
 
     Raises:
-        StudyError: no such study, not TOML, or a key that is missing, unknown or of the wrong kind.
+        UserError: no such study, not TOML, or a key that is missing, unknown or of the wrong kind.
     """
     return _load(study, ())
 
@@ -130,11 +128,11 @@ def _load(study: str, readers: tuple[str, ...]) -> Study:
     elif study in shipped_studies():
         content = files("openclip_otco.configs").joinpath(f"{study}.toml").read_bytes()
     else:
-        raise StudyError(f"{study}: no such file, nor a shipped study ({', '.join(shipped_studies())})")
+        raise UserError(f"{study}: no such file, nor a shipped study ({', '.join(shipped_studies())})")
     try:
         document = tomllib.loads(content.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise StudyError(f"{study}: not TOML: {error}") from error
+        raise UserError(f"{study}: not TOML: {error}") from error
     return _Reader(study, (*readers, study)).study(document)
 
 
@@ -183,7 +181,7 @@ class _Reader:
             raise self.error("study.flags-of", f"leads back to {wanted}")
         try:
             return _load(wanted, self.readers).flags
-        except StudyError as error:
+        except UserError as error:
             raise self.error("study.flags-of", f"names a study that cannot be used: {error}") from error
 
     def data(self, name: str, table: dict[str, Any]) -> DataSetting:
@@ -278,5 +276,5 @@ class _Reader:
         if unknown := sorted(table.keys() - known):
             raise self.error(where + unknown[0], f"is unknown (known: {', '.join(sorted(known))})")
 
-    def error(self, key: str, complaint: str) -> StudyError:
-        return StudyError(f"{self.source}: {key} {complaint}")
+    def error(self, key: str, complaint: str) -> UserError:
+        return UserError(f"{self.source}: {key} {complaint}")
