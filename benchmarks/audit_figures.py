@@ -30,15 +30,15 @@ from tqdm import tqdm
 
 from openclip_otco.audit import table
 from openclip_otco.audit.clean import write_clean
-from openclip_otco.audit.confidence import judge
+from openclip_otco.audit.confidence import judge_by_plan
 from openclip_otco.audit.decoys import draw_decoys
 from openclip_otco.audit.score import Truth, auroc
 from openclip_otco.audit.source import Shards
 from openclip_otco.audit.structure import Structure, centred
-from openclip_otco.audit.two_groups import WrongShare, overall
+from openclip_otco.audit.two_groups import WrongShare, overall_share
 from openclip_otco.audit.verdict import log_density
 from openclip_otco.audit.windows import windows
-from openclip_otco.audit.witnesses import FOLDS, Testimony, ask_towers, canonical_cosines, with_second
+from openclip_otco.audit.witnesses import FOLDS, TowerJudgement, canonical_cosines, combine_with_model, judge_by_towers
 from openclip_otco.frozen.shard_pairs import content_key
 from openclip_otco.frozen.table import FeatureTable
 from openclip_otco.method.solver import PlanSolver
@@ -64,7 +64,7 @@ class Window:
     pairs: Tensor
     image: Tensor
     caption: Tensor
-    testimony: Testimony = field(init=False)
+    by_towers: TowerJudgement = field(init=False)
 
 
 @dataclass
@@ -84,7 +84,9 @@ class Setting:
     @property
     def wrong_estimated(self) -> WrongShare:
         """What the towers say of all windows."""
-        return overall([each.testimony.wrong for each in self.windows], [len(each.pairs) for each in self.windows])
+        return overall_share(
+            [each.by_towers.wrong for each in self.windows], [len(each.pairs) for each in self.windows]
+        )
 
 
 def read(study: Path, truth: Path, name: str, features: Path) -> Setting:
@@ -161,13 +163,13 @@ def without_training(setting: Setting) -> Iterator[dict[str, Any]]:
 
     def towers(window: Window) -> np.ndarray:
         sides = setting.image_towers[window.pairs], setting.text_towers[window.pairs]
-        window.testimony = ask_towers(*sides, window.image, window.caption)
-        return window.testimony.probability
+        window.by_towers = judge_by_towers(*sides, window.image, window.caption)
+        return window.by_towers.probability
 
     yield line(setting, "untrained", None, "structure", by_window(setting, structure))
     yield line(setting, "untrained", None, "canonical", by_window(setting, canonical))
     probability = by_window(setting, towers)
-    score = by_window(setting, lambda window: window.testimony.score / window.testimony.decoy_scale)
+    score = by_window(setting, lambda window: window.by_towers.score / window.by_towers.decoy_scale)
     share = setting.wrong_estimated
     said = dict(zip(("wrong_low", "wrong_high"), share.interval(), strict=True), wrong_estimated=share.value)
     yield line(setting, "untrained", None, "towers", score, probability) | said
@@ -181,11 +183,11 @@ def trained(setting: Setting, run: Path, loss: str, seed: int) -> Iterator[dict[
 
     def density(window: Window) -> np.ndarray:
         plan = PlanSolver().solve(v[window.pairs], t[window.pairs])
-        return log_density(judge(plan, window.image.tolist(), window.caption.tolist()))
+        return log_density(judge_by_plan(plan, window.image.tolist(), window.caption.tolist()))
 
     cosine = (v * t).sum(dim=1).numpy()
     plan = by_window(setting, density)
-    second = [with_second(each.testimony, plan[each.pairs.numpy()]) for each in setting.windows]
+    second = [combine_with_model(each.by_towers, plan[each.pairs.numpy()]) for each in setting.windows]
     probability, order = (np.empty(len(cosine)) for _ in range(2))
     for window, (each, evidence) in zip(setting.windows, second, strict=True):
         probability[window.pairs.numpy()], order[window.pairs.numpy()] = each, evidence

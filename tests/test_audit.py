@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torchmetrics.functional.classification import binary_auroc
 
 from openclip_otco.audit import command, table
-from openclip_otco.audit.confidence import Judgement, judge
+from openclip_otco.audit.confidence import PlanJudgement, judge_by_plan
 from openclip_otco.audit.encoder import PairEncoder
 from openclip_otco.audit.folder import AuditFolder
 from openclip_otco.audit.pairs import Cursor, stream
@@ -75,7 +75,7 @@ def dense(plan: TransportPlan) -> np.ndarray:
 @given(st.integers(1, 40), st.integers(0, 1000))
 def test_without_copies_confidence_is_the_shares_of_row_and_column(n: int, seed: int) -> None:
     plan = couple(list(range(n)), list(range(n)), seed)
-    found = judge(plan, range(n), range(n))
+    found = judge_by_plan(plan, range(n), range(n))
     mass = dense(plan)
     expected = np.diag(mass) ** 2 / (mass.sum(axis=0) * mass.sum(axis=1))
     assert found.log_confidence.exp().tolist() == pytest.approx(expected.tolist(), rel=1e-3)
@@ -90,7 +90,7 @@ def test_without_copies_confidence_is_the_shares_of_row_and_column(n: int, seed:
 def test_copies_are_one(pairs: list[tuple[int, int]], seed: int) -> None:
     images, captions = (list(each) for each in zip(*pairs, strict=True))
     plan = couple(images, captions, seed)
-    found = judge(plan, [f"image {i}" for i in images], [f"caption {c}" for c in captions])
+    found = judge_by_plan(plan, [f"image {i}" for i in images], [f"caption {c}" for c in captions])
     mass = dense(plan)
     for index, (image, caption) in enumerate(pairs):
         rows = [k for k, i in enumerate(images) if i == image]
@@ -116,17 +116,17 @@ def test_an_image_s_other_captions_take_nothing_from_each_other() -> None:
     t = F.normalize(v + 0.1 * torch.randn(50, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     plan = PlanSolver(epsilon=0.05).solve(v, t)
     images = [index // 5 for index in range(50)]
-    assert judge(plan, images, range(50)).log_confidence.exp().min() > 0.95
-    assert judge(plan, range(50), range(50)).log_confidence.exp().max() < 0.1
+    assert judge_by_plan(plan, images, range(50)).log_confidence.exp().min() > 0.95
+    assert judge_by_plan(plan, range(50), range(50)).log_confidence.exp().max() < 0.1
 
 
 def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     images = [index % 37 for index in range(90)]
     captions = [index % 53 for index in range(90)]
     plan = couple(images, captions, seed=0)
-    whole = judge(plan, images, captions)
+    whole = judge_by_plan(plan, images, captions)
     monkeypatch.setattr("openclip_otco.audit.confidence.tiles", lambda cost: (slice(i, i + 5) for i in range(0, 37, 5)))
-    in_tiles = judge(plan, images, captions)
+    in_tiles = judge_by_plan(plan, images, captions)
     assert torch.allclose(in_tiles.log_confidence, whole.log_confidence, atol=1e-5)
     assert torch.equal(in_tiles.best, whole.best)
 
@@ -136,7 +136,7 @@ def test_small_masses_do_not_vanish() -> None:
     v = torch.eye(3)
     t = torch.stack([v[1], v[0], -v[2]])
     plan = TransportPlan(v, t, torch.zeros(3), torch.zeros(3), epsilon=0.01)
-    found = judge(plan, range(3), range(3))
+    found = judge_by_plan(plan, range(3), range(3))
     assert found.log_confidence.isfinite().all()
     assert found.log_confidence[2] < -math.log(1e38)
     assert found.best.tolist()[:2] == [1, 0]
@@ -167,10 +167,10 @@ def test_the_density_is_the_odds_of_the_share_over_chance() -> None:
     plan = couple(list(range(n)), list(range(n)), seed=0, epsilon=0.5)
     mass = dense(plan)
     share = np.sqrt(np.diag(mass) ** 2 / (mass.sum(axis=0) * mass.sum(axis=1)))
-    found = log_density(judge(plan, range(n), range(n)))
+    found = log_density(judge_by_plan(plan, range(n), range(n)))
     assert found == pytest.approx(np.log(n * share / (1 - share)), abs=1e-3)
     # A pair that has all of its row and column, and one that has nothing, stay finite.
-    extremes = Judgement(torch.tensor([0.0, -400.0]), torch.zeros(2), torch.zeros(2))
+    extremes = PlanJudgement(torch.tensor([0.0, -400.0]), torch.zeros(2), torch.zeros(2))
     assert np.isfinite(log_density(extremes)).all()
 
 
@@ -373,7 +373,7 @@ def test_the_table_has_what_the_plans_say(
         of_image = [hash(image.numpy().tobytes()) for image in images]
         verdict = judge_window(PlanSolver(epsilon=0.03), both, both, of_image, captions)
         shares.append((stop - start) * verdict.wrong.value / 45)
-        judged = judge(PlanSolver(epsilon=0.03).solve(*both), of_image, captions)
+        judged = judge_by_plan(PlanSolver(epsilon=0.03).solve(*both), of_image, captions)
         for index, (key, caption) in enumerate(zip(keys, captions, strict=True)):
             row = by_pair[key, caption, shards[start + index]]
             assert row["probability"] == pytest.approx(verdict.probability[index], abs=1e-3)
@@ -747,7 +747,7 @@ def test_what_is_not_local_is_named_and_the_rest_is_written(
     words += ("--batch-size", 5, "--top", 4, "--workers", 0, "--write-clean", tmp_path / "clean", "--drop", 0.4)
     assert command.run(arguments(*words)) == 1
     err = capsys.readouterr().err
-    assert "1 shards are no local files, and are not written, first pipe:cat" in err
+    assert "1 shards are no local files and are not written, the first is pipe:cat" in err
     run("local", "--write-clean", tmp_path / "all", "--drop", 0.4)
     assert sorted(path.name for path in (tmp_path / "clean").iterdir()) == [
         "0.tar", "2.tar", "clean-keys.txt", "sizes.json"]  # fmt: skip

@@ -16,8 +16,14 @@ from openclip_otco.audit.canonical import Moments, canonical_space
 from openclip_otco.audit.decoys import draw_decoys
 from openclip_otco.audit.score import auroc
 from openclip_otco.audit.structure import Structure, centred
-from openclip_otco.audit.two_groups import posterior, posterior_of_second, separate, together, wrong_share
-from openclip_otco.audit.witnesses import ask_towers, canonical_cosines, with_second
+from openclip_otco.audit.two_groups import (
+    combined_posterior,
+    discriminant_scores,
+    posterior,
+    posterior_by_reference,
+    wrong_share,
+)
+from openclip_otco.audit.witnesses import canonical_cosines, combine_with_model, judge_by_towers
 
 GROUPS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=40)
 
@@ -173,7 +179,7 @@ def test_one_score_is_made_of_several_as_a_normal_discriminant_would() -> None:
     shift = np.array([1.0, 0.5])
     decoys = generator.normal(size=(50_000, 2)) * [1, 2]
     pairs = generator.normal(size=(50_000, 2)) * [1, 2] + shift
-    scores, decoy_scores = separate(pairs, decoys)
+    scores, decoy_scores = discriminant_scores(pairs, decoys)
     # Fisher's direction: the shift over the variance.
     expected = pairs @ (shift / np.array([1, 4]))
     assert np.corrcoef(scores, expected)[0, 1] > 0.999
@@ -186,10 +192,10 @@ def test_a_second_witness_is_judged_by_the_first() -> None:
     # Of the second no decoy is known: its wrong pairs lie where a model that learned them by heart puts them.
     second = generator.normal(np.where(is_wrong, 1.0, 3.0))
     by_first = posterior(pairs, decoys, 0.4)
-    by_second = posterior_of_second(by_first, second)
+    by_second = posterior_by_reference(by_first, second)
     exact = expit(np.log(0.6 / 0.4) + norm.logpdf(second, 3) - norm.logpdf(second, 1))
     assert np.abs(by_second - exact).mean() < 0.03
-    both = together(by_first, by_second, 0.4)
+    both = combined_posterior(by_first, by_second, 0.4)
     exact_both = expit(np.log(0.6 / 0.4) + norm.logpdf(second, 3) - norm.logpdf(second, 1) + norm.logpdf(pairs, 3)
                        - norm.logpdf(pairs, 0))  # fmt: skip
     assert np.abs(both - exact_both).mean() < 0.02
@@ -198,7 +204,7 @@ def test_a_second_witness_is_judged_by_the_first() -> None:
 
 @pytest.mark.parametrize("first", [np.ones(50), np.zeros(50), np.full(50, 0.3)])
 def test_a_first_witness_that_knows_nothing_teaches_nothing(first: np.ndarray) -> None:
-    found = posterior_of_second(first, np.arange(50.0))
+    found = posterior_by_reference(first, np.arange(50.0))
     assert found == pytest.approx(first)
 
 
@@ -217,7 +223,7 @@ def two_towers(n: int, wrong: float, seed: int) -> tuple[torch.Tensor, torch.Ten
 def test_towers_that_do_not_know_each_other_tell_wrong_pairs(wrong: float) -> None:
     v, t, is_wrong = two_towers(2000, wrong, seed=0)
     number = torch.arange(2000)
-    found = ask_towers(v, t, number, number)
+    found = judge_by_towers(v, t, number, number)
     assert found.wrong.error < 0.04
     assert found.wrong.value == pytest.approx(wrong, abs=3 * found.wrong.error + 0.01)
     assert found.probability.mean() == pytest.approx(1 - wrong, abs=3 * found.wrong.error + 0.01)
@@ -228,9 +234,9 @@ def test_towers_that_do_not_know_each_other_tell_wrong_pairs(wrong: float) -> No
 def test_a_model_that_knows_makes_it_better() -> None:
     v, t, is_wrong = two_towers(2000, 0.4, seed=1)
     number = torch.arange(2000)
-    towers = ask_towers(v, t, number, number)
+    towers = judge_by_towers(v, t, number, number)
     score = np.random.default_rng(0).normal(np.where(is_wrong, 0.0, 2.0))
-    probability, order = with_second(towers, score)
+    probability, order = combine_with_model(towers, score)
     ranked = np.lexsort((order, probability)).argsort()
     assert auroc(ranked, is_wrong) > max(auroc(towers.score, is_wrong), auroc(score, is_wrong))
 
@@ -241,7 +247,7 @@ def test_features_that_do_not_vary_are_no_error() -> None:
     t = torch.randn(300, 32, generator=generator)
     number = torch.arange(300)
     for images, texts in ((v, t), (t, v), (v, v), (v + 1e-7 * torch.randn(300, 64, generator=generator), t)):
-        found = ask_towers(images, texts, number, number)
+        found = judge_by_towers(images, texts, number, number)
         assert np.isfinite(found.score).all()
         assert np.isfinite(found.probability).all()
 
@@ -251,9 +257,9 @@ def test_of_a_few_pairs_something_finite_is_said(images: list[int]) -> None:
     generator = torch.Generator().manual_seed(0)
     v, t = torch.randn(2, 5, 8, generator=generator)
     image = torch.tensor(images)
-    found = ask_towers(v[image], t[: len(images)], image, torch.arange(len(images)))
+    found = judge_by_towers(v[image], t[: len(images)], image, torch.arange(len(images)))
     assert np.isfinite(found.score).all()
     assert ((found.probability >= 0) & (found.probability <= 1)).all()
-    probability, order = with_second(found, np.zeros(len(images)))
+    probability, order = combine_with_model(found, np.zeros(len(images)))
     assert np.isfinite(probability).all()
     assert np.isfinite(order).all()

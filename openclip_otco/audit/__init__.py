@@ -1,1 +1,1 @@
-"""`audit`: which captions of a data set do not belong to their images, as transport plans see it."""
+"""`audit`: finds the captions of a data set that do not belong to their images."""

@@ -1,4 +1,4 @@
-"""Canonical spaces: what images and captions have in common, by linear maps of two towers' features."""
+"""Canonical spaces: linear maps take the features of two towers into one space, where images and captions compare."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# In units of the mean variance of a feature; and of directions that count.
-RIDGE, DIMENSIONS = 1.0, 128
-# Of unit-norm features that do not vary, as of one picture again and again, all that is left is rounding.
+# In units of the mean variance of a feature.
+RIDGE = 1.0
+# Number of directions that are kept.
+DIMENSIONS = 128
+# Features of unit norm that do not vary, as those of one picture again and again, have a smaller one, by rounding.
 _LEAST_VARIANCE = 1e-5
 
 
@@ -39,12 +41,12 @@ class CanonicalSpace:
 
 @dataclass(frozen=True)
 class Moments:
-    """What canonical correlation analysis asks of weighted pairs; those of several sets of pairs may be added.
+    """Weighted sums over pairs, from which canonical correlation analysis starts; those of two sets can be added.
 
     Attributes:
         weight: the sum of the weights, a scalar.
         image, text: weighted sums of the features, `(d,)` and `(e,)`.
-        image_image, text_text, image_text: of their outer products, `(d, d)`, `(e, e)` and `(d, e)`.
+        image_image, text_text, image_text: weighted sums of outer products, `(d, d)`, `(e, e)` and `(d, e)`.
     """
 
     weight: Tensor
@@ -56,10 +58,10 @@ class Moments:
 
     @classmethod
     def of(cls, images: Tensor, texts: Tensor, weights: Tensor) -> Moments:
-        """Of pairs.
+        """The moments of `N` pairs.
 
         Args:
-            images, texts: `(N, d)` and `(N, e)`, about centred; row `i` of both is pair `i`.
+            images, texts: `(N, d)` and `(N, e)` features, with means near 0; row `i` of both is pair `i`.
             weights: `(N,)`, at least 0.
         """
         x, y = weights[:, None] * images, weights[:, None] * texts
@@ -72,13 +74,13 @@ class Moments:
 def canonical_space(moments: Moments, ridge: float = RIDGE, dimensions: int = DIMENSIONS) -> CanonicalSpace:
     """Canonical correlation analysis (Hotelling, *Relations between two sets of variates*, Biometrika 28, 1936).
 
-    Each direction counts by its correlation, so that those which pairs do not share add no noise (Li et al., *CSA:
-    data-efficient mapping of unimodal features to multimodal features*, ICLR 2025).
+    Each direction is scaled by its correlation: so directions that images and captions do not share add no noise (Li et
+    al., *CSA: data-efficient mapping of unimodal features to multimodal features*, ICLR 2025).
 
     Args:
-        moments: of pairs, not all of weight 0.
-        ridge: added to the covariances, in units of their mean variance.
-        dimensions: `k`, at most; no more than the narrower side has.
+        moments: of the pairs; not all weights are 0.
+        ridge: added to the diagonals of the covariances, in units of their mean variance.
+        dimensions: the largest `k`. `k` is also at most the number of features of the narrower side.
     """
     weight = moments.weight
     image_mean, text_mean = moments.image / weight, moments.text / weight
@@ -97,7 +99,7 @@ def canonical_space(moments: Moments, ridge: float = RIDGE, dimensions: int = DI
 
 
 def _whitening(covariance: Tensor, ridge: float) -> Tensor:
-    """The inverse of its Cholesky factor; features that do not vary at all are left as they are."""
+    """The inverse of the Cholesky factor of `covariance` with its ridge."""
     variance = covariance.diagonal().mean().clamp(min=_LEAST_VARIANCE)
     identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     factor = torch.linalg.cholesky(covariance + ridge * variance * identity)

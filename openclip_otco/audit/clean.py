@@ -1,4 +1,4 @@
-"""The data without the pairs that were dropped: shards or a CSV file as before, and a list of the keys kept."""
+"""The clean data: shards or a CSV file like the audited ones, without the dropped pairs, and a list of the keys."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KEYS = "clean-keys.txt"
 
 
 def check_target(folder: Path, source: Source) -> None:
-    """Finds out before the work what would make `write_clean` fail after it.
+    """Find out before the audit whether `write_clean` would fail after it.
 
     Raises:
         UserError: `folder` is not empty, or the shards of `source` cannot be written there under their own names.
@@ -41,17 +41,17 @@ def check_target(folder: Path, source: Source) -> None:
 def write_clean(
     source: Source, parts: Sequence[Path], keep: Callable[[table.Row], bool], folder: Path
 ) -> tuple[int, list[str]]:
-    """Write what is kept into `folder`, which appears when all of it is there.
+    """Write the pairs that are kept into `folder`. The folder appears only when all of it is written.
 
-    Samples that gave no pair (no caption, or an image that cannot be decoded) are dropped with those that lost all of
-    theirs. A sample that keeps some of its captions keeps its other files. Shards that are not local are not written:
-    for them there are the keys. A shard is compressed as it was.
+    A sample is dropped if all its pairs are, or if it has no pair (no caption, or an image that cannot be decoded). A
+    sample that keeps some of its captions keeps its other files. Shards keep their names and their compression. Shards
+    that are not local files are not written; the list of keys has their samples, too.
 
     Args:
-        source: what was audited.
-        parts: of the audit, in order.
-        keep: says of a row of a part whether the pair stays.
-        folder: missing or empty.
+        source: the audited data.
+        parts: of the audit, in the order of the data.
+        keep: says for a row of a part whether the pair is kept.
+        folder: must be missing or empty.
 
     Returns:
         The number of samples kept, and the shards that were not written.
@@ -86,21 +86,21 @@ def write_clean(
 
 
 class _Kept:
-    """Which captions of a sample are kept, asked for in the order of the data."""
+    """The captions that are kept of each sample. Samples must be asked for in the order of the data."""
 
     def __init__(self, parts: Sequence[Path], keep: Callable[[table.Row], bool]) -> None:
         self._samples = _samples(parts, keep)
         self._next = next(self._samples, None)
 
     def lines(self, shard: int, number: int) -> tuple[set[int], int]:
-        """The numbers of the captions kept of a sample, and how many it had."""
+        """The numbers of the captions of a sample that are kept, and how many captions it had."""
         if self._next is None or self._next[0] != (shard, number):
             return set(), 0
         (_, found), self._next = self._next, next(self._samples, None)
         return {row["line"] for row, stays in found if stays}, len(found)
 
     def skip(self, shard: int) -> None:
-        """Passes over all samples of a shard."""
+        """Skip all samples of a shard."""
         while self._next is not None and self._next[0][0] == shard:
             self._next = next(self._samples, None)
 
@@ -108,8 +108,8 @@ class _Kept:
 def _samples(
     parts: Sequence[Path], keep: Callable[[table.Row], bool]
 ) -> Iterator[tuple[tuple[int, int], list[tuple[table.Row, bool]]]]:
-    """Place, and rows with whether they are kept, of each sample, in the order of the data."""
-    # A part's rows lie in the order of their ranks. A sample may begin in one part and end in the next.
+    """For each sample, in the order of the data: its place, and its rows, each with whether it is kept."""
+    # The rows of a part are sorted by rank. A sample may begin in one part and end in the next.
     columns = ["key", *table.ORDER]
     in_order = (row for part in parts for row in sorted(table.rows(part, columns), key=table.place))
     for where, group in itertools.groupby(in_order, key=lambda row: (row["shard_number"], row["sample"])):
@@ -122,7 +122,7 @@ def _write_keys(path: Path, parts: Sequence[Path], keep: Callable[[table.Row], b
         for _, found in _samples(parts, keep):
             if any(stays for _, stays in found):
                 key = found[0][0]["key"]
-                # A key with a line break must not smuggle in another.
+                # A key with a line break must not become two keys of the list.
                 stream.write((key if key.isprintable() else key.encode("unicode_escape").decode()) + "\n")
                 count += 1
     return count
@@ -139,7 +139,7 @@ def _write_rows(source: CsvRows, kept: _Kept, path: Path) -> None:
 
 
 def _write_shard(shard: str, index: int, kept: _Kept, path: Path, by_line: bool) -> int:
-    """Number of samples written."""
+    """Writes the samples of a shard that are kept, and returns their number."""
     count = 0
     with _compressed_as(shard, path) as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
         for number, (_, files) in enumerate(shard_samples(shard)):
@@ -157,7 +157,7 @@ def _write_shard(shard: str, index: int, kept: _Kept, path: Path, by_line: bool)
 
 
 def _compressed_as(shard: str, path: Path) -> IO[bytes]:
-    """`path`, open for writing with the compression of the file `shard`, whatever its name."""
+    """`path`, open for writing, with the compression that the content of the file `shard` has, whatever its name."""
     with open(shard, "rb") as stream:
         start = stream.read(6)
     if start.startswith(b"\x1f\x8b"):
@@ -170,7 +170,7 @@ def _compressed_as(shard: str, path: Path) -> IO[bytes]:
 
 
 def _with_captions(files: list[File], lines: set[int], by_line: bool) -> list[File]:
-    """The files of a sample with only those of its captions, wherever they stand."""
+    """The files of a sample with only these captions, in every file that holds captions."""
     captions = samples.captions({file.kind: file.content for file in files}, by_line)
     kept = [caption for line, caption in enumerate(captions) if line in lines]
     dropped = {caption.strip() for caption in captions} - {caption.strip() for caption in kept}
@@ -185,7 +185,7 @@ def _with_captions(files: list[File], lines: set[int], by_line: bool) -> list[Fi
             stay = [text for text in texts if text not in dropped]
             if not stay and file.kind != "txt":
                 continue
-            # OpenCLIP trains on the `.txt`, which must not be left with a caption that was dropped, nor go missing.
+            # OpenCLIP trains on the `.txt`: it must be there, and must not hold a caption that was dropped.
             if not stay or len(stay) < len(texts):
                 content = "\n".join(stay or kept[:1]).encode("utf-8", "replace")
         found.append(File(file.header, file.kind, content))

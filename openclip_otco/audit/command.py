@@ -1,4 +1,4 @@
-"""`openclip-otco audit`: which captions of a data set do not belong to their images."""
+"""`openclip-otco audit`: finds the captions of a data set that do not belong to their images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for table, gallery and parts")
     parser.add_argument("--model", help="model of the checkpoint (default: that of its run, from params.txt)")
     parser.add_argument("--precision", help="as in training (default: that of the run, else fp32)")
-    parser.add_argument("--device", help="device to use (default: the run's, where it is there)")
+    parser.add_argument("--device", help="device to use (default: the run's, if this machine has it)")
     add_frozen_features(parser)
     add_caption_lines(parser)
     parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images at once (%(default)s)")
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--csv-separator", default="\t", help="for csv data, which separator to use (tab)")
     parser.add_argument("--csv-img-key", default="filepath", help="for csv data, the column of paths (%(default)s)")
-    parser.add_argument("--csv-caption-key", default="title", help="for csv data, that of captions (%(default)s)")
+    parser.add_argument("--csv-caption-key", default="title", help="for csv data, the column of captions (%(default)s)")
     parser.add_argument(
         "--window", type=_positive, default=4096, metavar="N", help="pairs judged at a time (%(default)s)"
     )
@@ -74,17 +74,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--write-clean",
         metavar="DIR",
         type=Path,
-        help="write the data without the dropped pairs, and the keys kept (default: drops as many as seem to be wrong)",
+        help="write the data without the dropped pairs, and a list of the kept keys; drops as many pairs as seem wrong",
     )
     least = parser.add_mutually_exclusive_group()
     least.add_argument(
-        "--threshold", type=_share, metavar="PROBABILITY", help="--write-clean drops pairs that are less likely matched"
+        "--threshold", type=_share, metavar="PROBABILITY", help="--write-clean drops the pairs with a lower one"
     )
     least.add_argument(
         "--drop",
         type=_share_or_auto,
         metavar="SHARE",
-        help="--write-clean drops that share, the worst; auto (default): as many as seem to be wrong",
+        help="--write-clean drops this share, the worst pairs; auto (default): as many as seem to be wrong",
     )
     parser.add_argument(
         "--marks",
@@ -95,7 +95,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what `args` ask for: 0; 1 where --write-clean could not write all; 2 after one line about what to change."""
+    """Run the command, and return its exit code.
+
+    0: all is done. 1: --write-clean could not write all shards. 2: one line on stderr says what to change.
+    """
     # Not at the top: they load torch, which `--help` does without.
     from openclip_otco.audit.audit import run_audit
     from openclip_otco.audit.clean import KEYS
@@ -130,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     except UserError as error:
         print(f"openclip-otco audit: {error}", file=sys.stderr)
         return UNUSABLE
-    if not facts:  # another rank has them
+    if not facts:  # rank 0 has them
         return OK
     print(page(facts))
     print(f"\nAll pairs, the worst first: {args.out / TABLE}\nThe worst as a page: {args.out / GALLERY}")
@@ -140,8 +143,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"By their marks, {facts['marked_keep']} pairs are kept and {facts['marked_drop']} are dropped")
     if left := facts.get("not_written", []):
         print(
-            f"openclip-otco audit: --write-clean {args.write_clean}: {len(left)} shards are no local files, and "
-            f"are not written, first {left[0]}; copy them here and audit again, or filter by {KEYS}",
+            f"openclip-otco audit: --write-clean {args.write_clean}: {len(left)} shards are no local files and "
+            f"are not written, the first is {left[0]}; copy them here and audit again, or filter by {KEYS}",
             file=sys.stderr,
         )
         return INCOMPLETE
@@ -215,5 +218,5 @@ def _share_or_auto(text: str) -> float | None:
 def _share(text: str) -> float:
     number = float(text)
     if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError("must lie in 0 to 1")
+        raise argparse.ArgumentTypeError("must be between 0 and 1")
     return number

@@ -1,4 +1,4 @@
-"""How far the plan of a window trusts each of the window's own pairs, and what it would pair instead."""
+"""Confidence: how much a transport plan trusts the pairs of its window, and which captions it would choose instead."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from openclip_otco.ot.cost import CosineCost, tiles
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What a plan says about the `N` pairs that it couples.
+class PlanJudgement:
+    """What a plan says of the `N` pairs that it was made of.
 
     Attributes:
-        log_confidence: `(N,)`, at most 0; equal for pairs of equal image and caption.
+        log_confidence: `(N,)`, at most 0; equal pairs have equal ones.
         cosine: `(N,)`, in `[-1, 1]`.
-        best: `(N,)`, the first pair with the caption to which the plan gives the image most mass, of all captions that
-            are not the image's own; -1 where there is no other.
+        best: `(N,)` int64. Of all captions that are not the image's own, one gets most mass from the image; this is the
+            number of the first pair that has it, or -1 if there is no other caption.
     """
 
     log_confidence: Tensor
@@ -30,22 +30,23 @@ class Judgement:
     best: Tensor
 
 
-def judge(plan: TransportPlan, images: Sequence[Hashable], captions: Sequence[Hashable]) -> Judgement:
-    """The confidence of the pairs in the support of `plan`, each counted once (method, section 3).
+def judge_by_plan(plan: TransportPlan, images: Sequence[Hashable], captions: Sequence[Hashable]) -> PlanJudgement:
+    """The confidence of the pairs that `plan` was made of (method, section 3).
 
-    `TransportPlan.confidence` asks how a pair would fare *beside* the support; a pair of the support would there meet
-    itself. Here the plan's own entries are used. Copies are one: pairs with the same image are one row, and pairs with
-    the same caption one column, whose masses are the sums of theirs. All captions given to an image are its own, and
-    none takes anything from another; the same goes for images with the same caption. So with `m` the mass of image and
-    caption, `k` the copies of the pair, `n` those of the image, and `o` the mass of the image on captions that are not
-    its own, the pair's share of its row is `(m/k) / (m/k + o/n)`: own and foreign mass, each by what could have been
-    there. The share of the column is made alike, and confidence is the product of both. Without copies these are the
-    entry's shares of its row and its column.
+    `TransportPlan.confidence` is for other pairs, beside those of the plan. Here the plan's own entries are used: the
+    confidence of a pair is its share of its row times its share of its column.
+
+    Copies count once. Pairs with the same image are one row, and pairs with the same caption are one column; their
+    masses are added. All captions of an image are its own: they take no mass from each other. The same goes for all
+    images of a caption. Let `m` be the mass of the image on the caption, `k` the number of copies of the pair, `n` the
+    number of pairs with the image, and `o` the mass of the image on captions that are not its own. Then the pair's
+    share of its row is `(m/k) / (m/k + o/n)`. Its share of the column is made in the same way. Without copies, both are
+    the shares of the entry.
 
     Args:
         plan: made of the pairs' features; row `i` of both is pair `i`.
-        images: what tells the images of the pairs apart, `N` of them.
-        captions: what tells the captions apart, `N` of them.
+        images: a value for the image of each pair, `N` of them; equal values are equal images.
+        captions: a value for the caption of each pair, `N` of them.
     """
     device = plan.f.device
     image, first_image = groups(images, device)
@@ -76,11 +77,11 @@ def judge(plan: TransportPlan, images: Sequence[Hashable], captions: Sequence[Ha
     own += rows[row].log() + columns[column].log() - copies
     log_confidence = F.logsigmoid(own - foreign_row[row].log()) + F.logsigmoid(own - foreign_column[column].log())
     cosine = (plan.image_features * plan.text_features).sum(dim=1).clamp(-1, 1)
-    return Judgement(log_confidence[pair], cosine, best[image])
+    return PlanJudgement(log_confidence[pair], cosine, best[image])
 
 
 def groups(things: Sequence[Hashable], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which group of equal things each is in, `(N,)`, groups numbered as they come; and where each comes first."""
+    """The number of the group of equal things that each one is in, `(N,)`, and the first place of each group."""
     numbers: dict[Hashable, int] = {}
     group = [numbers.setdefault(thing, len(numbers)) for thing in things]
     first = {number: index for index, number in reversed(list(enumerate(group)))}

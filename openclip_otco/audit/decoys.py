@@ -1,4 +1,4 @@
-"""Decoys: pairs put together at random, which show what a wrong pair looks like."""
+"""Decoys: pairs put together at random, which show what scores wrong pairs have."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Decoys:
-    """Wrong pairs made of a window's own pairs, and folds in which nothing is judged by what it taught.
+    """Wrong pairs made of the pairs of a window, and folds: a pair is judged by what was learned from other folds.
 
     Attributes:
         fold: `(N,)` int64, the fold of each pair. All pairs of one image are in one fold.
@@ -22,7 +22,7 @@ class Decoys:
     partner: Tensor
 
     def pairs(self) -> tuple[Tensor, Tensor]:
-        """Whose image and whose caption each decoy has, `(M,)` int64 each: all decoys that are there."""
+        """The pair whose image each decoy has, and the pair whose caption it has, `(M,)` int64 each."""
         row, image = (self.partner >= 0).nonzero(as_tuple=True)
         return image, self.partner[row, image]
 
@@ -35,9 +35,9 @@ def draw_decoys(image: Tensor, caption: Tensor, folds: int, count: int, seed: in
 
     Args:
         image, caption: `(N,)` int64; equal numbers are equal images, or equal captions.
-        folds: how many.
-        count: decoys of each pair.
-        seed: of the draw.
+        folds: number of folds.
+        count: number of decoys of each pair.
+        seed: of the random numbers.
     """
     generator = torch.Generator().manual_seed(seed)
     image, caption = image.cpu(), caption.cpu()
@@ -45,15 +45,15 @@ def draw_decoys(image: Tensor, caption: Tensor, folds: int, count: int, seed: in
     fold = place % folds
     partner = torch.full((count, len(image)), -1)
     for number in range(folds):
-        # The pairs of an image lie side by side, so that a turn by more than their number meets another image.
+        # The pairs of an image lie side by side. So a shift by at least their number leads to another image.
         members = (fold == number).nonzero().flatten()
         members = members[place[members].sort(stable=True).indices]
         largest = int(torch.bincount(image[members]).max()) if len(members) else 0
         if len(members) < 2 * largest or not largest:
             continue
-        turns = torch.randint(largest, len(members) - largest + 1, (count,), generator=generator)
-        for row, turn in enumerate(turns.tolist()):
-            others = members.roll(turn)
+        shifts = torch.randint(largest, len(members) - largest + 1, (count,), generator=generator)
+        for row, shift in enumerate(shifts.tolist()):
+            others = members.roll(shift)
             different = caption[others] != caption[members]
             partner[row, members[different]] = others[different]
     return Decoys(fold, partner)

@@ -1,4 +1,4 @@
-"""The encoder of pairs: features of a trained model, and of towers for themselves, in one pass over the data."""
+"""The encoder of pairs: features of a trained model and of unimodal towers, in one pass over the data."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from openclip_otco.runs.encoder import Encoder
 
 
 class Features(NamedTuple):
-    """What is known of `n` images, or of `n` captions."""
+    """Features of `n` images, or of `n` captions."""
 
     tower: Tensor
-    """`(n, d)`, of a tower for itself; of the trained model where there is no such tower."""
+    """`(n, d)`, of a unimodal tower; of the trained model if there is no such tower."""
     trained: Tensor | None
-    """`(n, k)`, unit norm, of the trained model; None without one."""
+    """`(n, k)`, of unit norm, of the trained model; None without one."""
 
 
 @dataclass(frozen=True)
 class PairEncoder:
-    """A trained model, or unimodal towers, or both; with a model alone, its locked towers speak for themselves.
+    """A trained model, or unimodal towers, or both. Without towers, the locked ones of the model take their place.
 
     Attributes:
-        trained: of a checkpoint.
-        towers: of `--towers`.
+        trained: the model of a checkpoint.
+        towers: the models of `--towers`.
     """
 
     trained: Encoder | None
@@ -36,17 +36,20 @@ class PairEncoder:
 
     @property
     def device(self) -> torch.device:
-        """Where plans are solved."""
+        """The device on which plans are solved."""
         found = self.trained or self.towers
         assert found is not None
         return found.device
 
     def preprocess(self, image: Any) -> tuple[Tensor, ...]:
-        """A picture as each of the two takes it, `(3, H, W)` each."""
+        """A picture, prepared for the trained model and for the towers, `(3, H, W)` each."""
         return tuple(each.preprocess(image) for each in (self.trained, self.towers) if each is not None)
 
     def images(self, pixels: Sequence[Tensor]) -> Features:
-        """Features of `n` images, given as `preprocess` has them, `(n, 3, H, W)` each.
+        """Features of `n` images.
+
+        Args:
+            pixels: stacked outputs of `preprocess`, `(n, 3, H, W)` each.
 
         Raises:
             UserError: a feature is not finite.

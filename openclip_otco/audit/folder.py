@@ -1,4 +1,4 @@
-"""The folder of an audit: whose it is, and which windows are done."""
+"""The folder of an audit: its settings, and the windows that are done."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ _STATE = "state.json"
 
 
 class AuditFolder:
-    """What an audit has done so far: a Parquet file for each window, each written whole or not at all.
+    """What an audit has done so far: a Parquet file, called a part, for each window.
 
-    A process that is killed at any moment leaves parts that are finished, and the next one goes on behind them. A part
-    that is broken all the same, as after a failure of the disk, is made again; those behind it stay.
+    A process that is killed at any moment leaves only whole parts, and the next process goes on behind them. A part
+    that is broken all the same, as after a failure of the disk, is made again; the parts behind it stay.
 
     Args:
         path: the folder.
-        rank, ranks: of several processes that share the work, each has parts of its own.
+        rank, ranks: number of this process, from 0, and number of processes that share the work; each has its own
+            parts.
     """
 
     def __init__(self, path: Path, rank: int = 0, ranks: int = 1) -> None:
@@ -40,15 +41,15 @@ class AuditFolder:
         self._parts = self._all_parts if ranks == 1 else self._all_parts / f"rank-{rank:05d}"
 
     def of_ranks(self) -> list[AuditFolder]:
-        """The same folder as each rank has it."""
+        """The folder of each rank."""
         return [AuditFolder(self.path, rank, self.ranks) for rank in range(self.ranks)]
 
     @contextlib.contextmanager
     def opened(self, settings: dict[str, Any]) -> Iterator[None]:
-        """Holds the folder for the audit of these settings, and makes it where it is missing.
+        """Locks the folder for the audit with these settings; makes the folder if it is missing.
 
         Args:
-            settings: by flag, plain values: all that decides the rows.
+            settings: all that decides the rows of the table, by flag: plain values.
 
         If the work in it fails, a note of the failure stays in the folder, see `failure`.
 
@@ -57,7 +58,7 @@ class AuditFolder:
         """
         state = json.loads(json.dumps({"version": _VERSION, **settings}))
         try:
-            if self._has_strangers():
+            if self._holds_other_files():
                 raise UserError(f"--out {self.path}: holds something that is no audit; name a new folder")
             self._parts.mkdir(parents=True, exist_ok=True)
             with _locked(self._all_parts / ".state.lock"):
@@ -66,7 +67,7 @@ class AuditFolder:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise UserError(f"--out {self.path}: another audit is at work in it; wait for it") from None
+                    raise UserError(f"--out {self.path}: another audit is at work in it; wait for its end") from None
                 self._drop_broken()
                 with self._failure_noted():
                     yield
@@ -111,13 +112,16 @@ class AuditFolder:
         return found
 
     def add(self, rows: list[table.Row], wrong: WrongShare, end: Cursor, last: bool) -> bool:
-        """Keep the next part; whether the one behind it is there already.
+        """Write the next part.
 
         Args:
-            rows: of the schema `PART` but for its order.
-            wrong: the share of them that is estimated to be wrong.
+            rows: of the schema `PART`, in any order.
+            wrong: the estimated share of wrong pairs among them.
             end: where the next part begins.
-            last: whether there is none.
+            last: whether there is no next part.
+
+        Returns:
+            Whether the next part is there already.
         """
         note = json.dumps({"end": asdict(end), "last": last, "wrong": wrong})
         schema = table.PART.with_metadata({"audit": note})
@@ -126,7 +130,7 @@ class AuditFolder:
         return self._part(number + 1).is_file()
 
     def progress(self) -> tuple[Cursor, bool]:
-        """Where the finished parts end, and whether the data end there, too."""
+        """Where the finished parts end, and whether the data end there."""
         parts = self.parts()
         if not parts:
             return Cursor(), False
@@ -134,12 +138,12 @@ class AuditFolder:
         return Cursor(**note["end"]), note["last"]
 
     def wrong_shares(self) -> list[WrongShare]:
-        """What was estimated of each finished part."""
+        """The estimated share of wrong pairs of each finished part."""
         return [WrongShare(*json.loads(table.metadata(part)["audit"])["wrong"]) for part in self.parts()]
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
-        """An empty folder that is gone afterwards."""
+        """An empty folder, which is deleted afterwards."""
         path = self._all_parts / ".scratch"
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir()
@@ -165,8 +169,8 @@ class AuditFolder:
             raise UserError(f"--out {self.path}: its {_STATE} is not an audit's; name another folder")
         return found
 
-    def _has_strangers(self) -> bool:
-        """Whether there is more in the folder than an audit leaves."""
+    def _holds_other_files(self) -> bool:
+        """Whether the folder holds files of something else than an audit."""
         if (self.path / _STATE).exists() or not self.path.exists():
             return False
         return any(path.name not in (self._all_parts.name, f"{_STATE}.part") for path in self.path.iterdir())

@@ -1,4 +1,4 @@
-"""Pairs: from stored samples, by decoding workers and the encoder, to features, always in the same order."""
+"""Pairs: stored samples are decoded by workers and encoded into features, always in the same order."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from openclip_otco.pages.thumbnail import thumbnail
 
 T = TypeVar("T")
 
-# Of a thumbnail, whose longer side has so many pixels: some ten kilobytes, of which a window holds thousands.
+# The longer side of a thumbnail in pixels, and its JPEG quality: about ten kilobytes, and a window holds thousands.
 _SIDE, _QUALITY = 256, 80
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """A place in the stream from which it can be taken up again, and what was counted before it.
+    """A place in the stream at which it can start again, and what was counted before this place.
 
     Attributes:
         shard, sample: where a batch of the encoder begins.
-        skip: pairs of that batch that lie before the place. (The batch is encoded whole again: in another one features
-            would differ in their last bits.)
-        images: samples before the batch.
-        unreadable, captionless: how many of them gave no pair, as the image could not be decoded, or had no caption.
+        skip: number of pairs of the batch that lie before the place. The whole batch is encoded again: in another
+            batch, features would differ in their last bits.
+        images: number of samples before the batch.
+        unreadable, captionless: how many of these samples could not be read, or have no caption, and so gave no pair.
     """
 
     shard: int = 0
@@ -48,13 +48,13 @@ class Pair:
     """An image with one of its captions.
 
     Attributes:
-        place: of the shard, of the sample in it, of the caption among the sample's.
-        key, caption: as the data have them.
-        image_digest: tells different images apart.
+        place: number of the shard, of the sample in the shard, and of the caption in the sample.
+        key, caption: as they are in the data.
+        image_digest: a hash of the image file.
         thumbnail: the image as a small JPEG file.
-        image_tower, text_tower: `(d,)` and `(e,)`, features of two towers for themselves.
-        trained: `(k,)` each, unit norm, the trained model's features of image and caption; None without one.
-        cursor: where the stream begins with this pair.
+        image_tower, text_tower: `(d,)` and `(e,)`, features of unimodal towers.
+        trained: `(k,)` each, of unit norm: the trained model's features of image and caption; None without one.
+        cursor: a stream that starts here begins with this pair.
     """
 
     place: tuple[int, int, int]
@@ -70,7 +70,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class _Decoded:
-    """A sample whose image was decoded; without captions and image if it could not be."""
+    """A sample after decoding; it has no captions and no image if it could not be read."""
 
     shard: int
     number: int
@@ -82,10 +82,10 @@ class _Decoded:
 
 
 class _Decoder:
-    """What the workers do, as a data set whose indices are the stored samples themselves.
+    """The work of the decoding workers, as a data set whose indices are the stored samples themselves.
 
-    So one process alone reads the data, once; the loader hands the samples out and puts them back in order. Image files
-    end here: a window of them would fill the memory.
+    So only one process reads the data, and only once. The loader hands the samples out, and puts the results back in
+    order. Image files are not kept behind this point: those of a window would fill the memory.
     """
 
     def __init__(self, source: Source, preprocess: Callable[[Any], Any]) -> None:
@@ -103,7 +103,7 @@ class _Decoder:
             image = imagehandler("pilrgb")("jpg", file)
             pixels = self.preprocess(image)
             small = thumbnail(image, _SIDE, _QUALITY)
-        except Exception:  # Strangers' images make decoders raise anything; one of them must not end the audit.
+        except Exception:  # A broken image can make a decoder raise anything, and must not end the audit.
             return _Decoded(sample.shard, sample.number, _encodable(sample.key)), None
         digest = hashlib.blake2b(file, digest_size=16).digest()
         decoded = _Decoded(sample.shard, sample.number, _encodable(sample.key), True, captions, digest, small)
@@ -112,12 +112,12 @@ class _Decoder:
 
 
 def _encodable(text: str) -> str:
-    """Text that tokenizers and tables take: names in tar files and escapes in JSON can hold halves of characters."""
+    """Text without lone surrogates, which names in tar files and JSON can hold, but no tokenizer and no table takes."""
     return text.encode("utf-8", "replace").decode()
 
 
 def _collate(batch: list[tuple[_Decoded, tuple[Tensor, ...] | None]]) -> tuple[list[_Decoded], list[Tensor]]:
-    # One tensor for all images, as each takes a file descriptor on its way out of a worker.
+    # One tensor for all images, as each tensor that leaves a worker takes a file descriptor.
     pixels = [image for _, image in batch if image is not None]
     return [decoded for decoded, _ in batch], [torch.stack(each) for each in zip(*pixels, strict=True)]
 
@@ -125,15 +125,15 @@ def _collate(batch: list[tuple[_Decoded, tuple[Tensor, ...] | None]]) -> tuple[l
 def stream(
     source: Source, encoder: PairEncoder, batch_size: int, workers: int, start: Cursor
 ) -> Iterator[tuple[list[Pair], Cursor]]:
-    """The pairs of `source` from `start` on, a batch at a time, each with the cursor behind it.
+    """The pairs of `source` from `start` on, a batch at a time, each batch with the cursor of its end.
 
-    Order and features do not depend on the number of workers, nor on `start`.
+    Order and features depend neither on the number of workers nor on `start`.
 
     Args:
         source: the samples.
-        encoder: gives features, and says how images are prepared.
-        batch_size: images encoded at once, and at most so many captions.
-        workers: processes that decode, 0 for none.
+        encoder: prepares and encodes images, and encodes captions.
+        batch_size: number of images that are encoded at once, and the largest number of captions.
+        workers: number of processes that decode; 0 decodes in this process.
         start: where to begin.
 
     Raises:

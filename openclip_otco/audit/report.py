@@ -15,7 +15,7 @@ from openclip_otco.audit.keep import keep_rule
 from openclip_otco.audit.score import Truth, auroc
 from openclip_otco.audit.settings import CleanSettings
 from openclip_otco.audit.source import Source
-from openclip_otco.audit.two_groups import WrongShare, overall
+from openclip_otco.audit.two_groups import WrongShare, overall_share
 from openclip_otco.errors import UserError
 from openclip_otco.pages.gallery import Estimate, Suspect, write_gallery
 from openclip_otco.study.results import write_text
@@ -68,7 +68,7 @@ class Judged:
                 f"({unreadable} could not be read, {captionless} have no caption)"
             )
         parts, counts, shares = zip(*found, strict=True)
-        return cls(list(parts), sum(counts), images, unreadable, captionless, overall(shares, counts))
+        return cls(list(parts), sum(counts), images, unreadable, captionless, overall_share(shares, counts))
 
 
 def write_report(

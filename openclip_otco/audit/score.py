@@ -1,4 +1,4 @@
-"""Where it is known which pairs are wrong: how well a score tells them from right ones."""
+"""Known wrong pairs, and how well a score tells them from right ones."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from openclip_otco.errors import UserError
 
 
 class Truth:
-    """Which pairs are wrong: a CSV file whose column `key` lists them.
+    """The pairs that are wrong: a CSV file lists them in its column `key`.
 
-    A sample belongs to a listed key if it bears that key, or that key with `-` and a number behind, as an image whose
-    captions are samples of their own has them.
+    A listed key `K` means the sample `K` and the samples `K-0`, `K-1`, ...: so are samples named that each hold another
+    caption of one image.
 
     Raises:
         UserError: the file cannot be read, or has no such column.
@@ -34,7 +34,7 @@ class Truth:
             raise UserError(f"--truth {path}: cannot be read: {error}") from error
 
     def is_wrong(self, key: str) -> bool:
-        """Whether the pair of this key is listed."""
+        """Whether the list has the pair with this key."""
         return key in self._keys or re.sub(r"-\d+$", "", key) in self._keys
 
 
@@ -53,6 +53,6 @@ def auroc(scores: ArrayLike, wrong: ArrayLike) -> float:
     wrong = np.asarray(wrong, dtype=bool)
     right_count, wrong_count = int((~wrong).sum()), int(wrong.sum())
     if not right_count or not wrong_count:
-        raise ValueError("it takes both right and wrong pairs")
+        raise ValueError("an AUROC needs both right and wrong pairs")
     ranks = rankdata(scores)[~wrong].sum() - right_count * (right_count + 1) / 2
     return float(ranks / (right_count * wrong_count))

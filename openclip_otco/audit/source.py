@@ -1,4 +1,4 @@
-"""Where pairs come from: the samples of WebDataset shards, or the rows of a CSV file, from any place on."""
+"""Sources of pairs: the samples of WebDataset shards, or the rows of a CSV file, read from any place on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from openclip_otco.data import samples
 from openclip_otco.errors import UserError
 
-# OpenCLIP's `--dataset-type auto` goes by these endings, too.
+# OpenCLIP's `--dataset-type auto` takes files with these endings for CSV files, too.
 CSV_ENDINGS = (".csv", ".tsv")
 _ROWS_AT_A_TIME = 10_000
 
@@ -22,9 +22,9 @@ class RawSample:
 
     Attributes:
         shard, number: place of the shard in the data, and of the sample in the shard.
-        key: the name that the data give it; nothing is ever read or written by it.
+        key: the name of the sample in the data; it is never used as the name of a file.
         files: contents by type (`jpg`, `txt`), for a sample of a shard.
-        path, caption: of a row of a CSV file.
+        path, caption: path of the image, and caption, for a row of a CSV file.
     """
 
     shard: int
@@ -40,7 +40,7 @@ class Source(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """Of its shards."""
+        """The names of its shards."""
         ...
 
     def samples(self, shard: int = 0, number: int = 0) -> Iterator[RawSample]:
@@ -60,11 +60,11 @@ class Source(Protocol):
         ...
 
     def total(self) -> int | None:
-        """Number of images; None where only reading all of it would tell."""
+        """Number of images; None if all data would have to be read to know it."""
         ...
 
     def fingerprint(self) -> list[Any]:
-        """What changes when the data do: plain types."""
+        """Plain values that are other ones if the data have changed."""
         ...
 
 
@@ -78,13 +78,13 @@ class File:
 
 
 def shard_samples(shard: str) -> Iterator[tuple[str, list[File]]]:
-    """Key and files of each sample of a shard: neighbours of one name up to the first dot, as WebDataset has it.
+    """Key and files of each sample of a shard: files in a row with the same name up to the first dot, as in WebDataset.
 
     Args:
-        shard: whatever WebDataset opens: a path, a URL, or `pipe:` and a command.
+        shard: a path, a URL, or `pipe:` and a command; anything that WebDataset opens.
 
     Raises:
-        UserError: it cannot be read to its end.
+        UserError: the shard cannot be read to its end.
     """
     from webdataset.gopen import gopen
     from webdataset.tariterators import base_plus_ext
@@ -93,7 +93,7 @@ def shard_samples(shard: str) -> Iterator[tuple[str, list[File]]]:
     try:
         with gopen(shard) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
             for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # else it keeps the headers of all
+                tar.members = []  # type: ignore[attr-defined]  # else it keeps all headers in memory
                 of, kind = base_plus_ext(member.name)
                 if of is None or not member.isreg():
                     continue
@@ -111,11 +111,11 @@ def shard_samples(shard: str) -> Iterator[tuple[str, list[File]]]:
 
 
 class Shards:
-    """WebDataset shards, as OpenCLIP's `--train-data` names them: brace ranges, and sources parted by `::`.
+    """WebDataset shards, named as for OpenCLIP's `--train-data`: with brace ranges, and `::` between several sources.
 
     Args:
-        data: their names.
-        caption_lines: each line of a `txt` is a caption, not all of it one.
+        data: the names.
+        caption_lines: each line of a `txt` is a caption; without it, the whole `txt` is one caption.
 
     Raises:
         UserError: a local shard is missing.
@@ -148,10 +148,10 @@ class CsvRows:
     Args:
         path: the file.
         image_key, caption_key: names of its columns.
-        separator: between them.
+        separator: the character between columns.
 
     Raises:
-        UserError: it is missing, or lacks a column.
+        UserError: the file is missing, or lacks a column.
     """
 
     def __init__(self, path: Path, image_key: str, caption_key: str, separator: str) -> None:
@@ -165,11 +165,11 @@ class CsvRows:
             break
 
     def chunks(self) -> Iterator[Any]:
-        """The rows as data frames of so many, as they stand there."""
+        """The rows as they are in the file, in data frames of a fixed size."""
         import pandas
 
         try:
-            # As text: else a caption such as 007 or None would come back as something else.
+            # All columns are text: pandas would make numbers or missing values of captions such as 007 or None.
             options = {"sep": self.separator, "dtype": str, "keep_default_na": False}
             yield from pandas.read_csv(self.path, chunksize=_ROWS_AT_A_TIME, **options)
         except (OSError, ValueError) as error:
@@ -197,11 +197,11 @@ class CsvRows:
 
 @dataclass(frozen=True)
 class ShardsOfRank:
-    """The shards that one of several processes judges: neighbours, and about as many as any other's.
+    """The shards that one of several processes judges. They are neighbours, and all processes have about as many.
 
     Args:
         whole: all shards.
-        rank, ranks: of the process.
+        rank, ranks: number of the process, from 0, and number of processes.
 
     Raises:
         UserError: there are fewer shards than processes, or the data are a table.
@@ -223,7 +223,7 @@ class ShardsOfRank:
 
     @property
     def bounds(self) -> tuple[int, int]:
-        """The first of its shards, and the first behind them."""
+        """The first shard of this process, and the first one of the next process."""
         count = len(self.names)
         return count * self.rank // self.ranks, count * (self.rank + 1) // self.ranks
 
@@ -246,7 +246,7 @@ class ShardsOfRank:
 
 
 def open_source(data: str, image_key: str, caption_key: str, separator: str, caption_lines: bool = False) -> Source:
-    """The source that `data` names: one file that ends as CSV files do, or shards.
+    """The source with the name `data`: a CSV file, told by its ending, or shards.
 
     Raises:
         UserError: a shard is missing.

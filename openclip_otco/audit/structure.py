@@ -1,4 +1,4 @@
-"""The structure witness: whether an image lies among the images as its caption lies among the captions."""
+"""The structure witness: the image of a right pair lies among the images as its caption lies among the captions."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Of `exp(k cos)`.
+# The factor `k` of `exp(k cos)`.
 SHARPNESS = 10.0
 _ROWS = 1024
 
 
 def centred(features: Tensor) -> Tensor:
-    """Features `(N, d)` about their mean, of unit norm: raw ones of one tower all point the same way."""
+    """Features `(N, d)` minus their mean, of unit norm: else all features of a tower point in about one direction."""
     features = features.float()
     return F.normalize(features - features.mean(dim=0), dim=1)
 
@@ -29,7 +29,7 @@ class Structure:
     Args:
         images, texts: `(N, d)` and `(N, e)`, centred; row `i` of both is pair `i`.
         image, caption: `(N,)` int64; equal numbers are equal images, or equal captions.
-        sharpness: `k`. Large ones ask the nearest neighbours alone.
+        sharpness: `k`. If it is large, only the nearest neighbours count.
     """
 
     def __init__(
@@ -40,13 +40,14 @@ class Structure:
         self._by_text = (texts @ texts.T).mul_(sharpness).exp_()
 
     def correlation(self, first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
-        """Of the image of pair `first[n]` and the caption of pair `second[n]`, `(n,)`, in `[-1, 1]`.
+        """Correlations of the rows of images `first` and captions `second`, `(n,)`, in `[-1, 1]`.
 
-        All pairs with these images or these captions are left out: what is being asked must not answer.
+        All pairs that have such an image or such a caption are left out of a correlation: a pair must not speak for
+        itself.
 
         Args:
-            first, second: `(n,)` int64.
-            weights: `(N,)`, at least 0: how far each pair is heard.
+            first, second: `(n,)` int64, numbers of pairs: the image of the one is asked about the caption of the other.
+            weights: `(N,)`, at least 0: how much each pair counts in the correlations.
         """
         parts = zip(first.split(_ROWS), second.split(_ROWS), strict=True)
         return torch.cat([self._correlation(i, j, weights) for i, j in parts])
@@ -65,5 +66,5 @@ class Structure:
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """Of each row with each row, without the matrix of the products."""
+    """The inner product of each row of `x` with the same row of `y`."""
     return torch.einsum("ij,ij->i", x, y)

@@ -1,4 +1,4 @@
-"""The most suspicious pairs: which ones of a window may come into the gallery."""
+"""The most suspicious pairs so far: only these can come into the gallery."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from openclip_otco.audit.table import Order
 
 
 class Worst:
-    """The first `top` pairs of the order seen so far, and nothing else."""
+    """The places in the ranking of the `top` worst pairs that were seen so far."""
 
     def __init__(self, top: int, seen: Iterable[Order] = ()) -> None:
         self.top = top
@@ -18,7 +18,7 @@ class Worst:
             self.admits(order)
 
     def admits(self, order: Order) -> bool:
-        """Whether `order` is among the first now; if so, it is kept."""
+        """Add a pair, and say whether it is now among the worst."""
         if len(self._first) == self.top and (not self.top or order >= self._first[-1]):
             return False
         bisect.insort(self._first, order)

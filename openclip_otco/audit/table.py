@@ -18,7 +18,7 @@ Row = dict[str, Any]
 Place = tuple[int, int, int]
 Order = tuple[float, float, Place]
 
-# What a user gets.
+# The table that a user gets.
 TABLE = pa.schema(
     [
         ("key", pa.string()),
@@ -33,7 +33,7 @@ TABLE = pa.schema(
         ("rank", pa.int64()),
     ]
 )
-# A part has no ranks yet. It has what they are made by, and thumbnails of the pairs that were the worst so far.
+# A part has no ranks yet. It has the columns that decide them, and thumbnails of the pairs that were the worst so far.
 PART = pa.schema(
     [
         *(TABLE.field(name) for name in TABLE.names if name != "rank"),
@@ -48,10 +48,10 @@ PART = pa.schema(
 PLACE = ("shard_number", "sample", "line")
 # The columns of a part by which it is ranked.
 ORDER = ("probability", "evidence", *PLACE)
-# Of the ranking; what does not fit goes to the disk.
+# Memory of the ranking; what does not fit goes to the disk.
 _MEMORY = "512MiB"
-_ROWS = 1024
-_GROUP = 2**16
+# Rows that are read, and rows that are written, at a time.
+_ROWS, _GROUP = 1024, 2**16
 
 
 def place(row: Row) -> Place:
@@ -60,31 +60,31 @@ def place(row: Row) -> Place:
 
 
 def order(row: Row) -> Order:
-    """By what the rows of a part are ranked: the least likely first, and those alike as they come in the data."""
+    """The sort key of the ranking: the least likely pair first, equal ones in the order of the data."""
     return row["probability"], row["evidence"], place(row)
 
 
 def rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
-    """The rows of a Parquet file, some at a time in memory."""
+    """The rows of a Parquet file; only some of them are in memory at a time."""
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(_ROWS, columns=columns):
             yield from batch.to_pylist()
 
 
 def write(path: Path, content: Iterable[Row], schema: pa.Schema) -> None:
-    """Write a Parquet file, whole or not at all, some rows at a time; it is on the disk before it has its name."""
+    """Write a Parquet file, some rows at a time. A kill leaves the whole file or none; see `_replacing`."""
     content = iter(content)
-    # Of thumbnails, statistics would be copies.
+    # Statistics of thumbnails would be copies of the least and the greatest one.
     described = [name for name in schema.names if name != "thumbnail"]
     options = {"compression": "zstd", "write_page_checksum": True, "write_statistics": described}
-    with _appearing(path) as partial, pq.ParquetWriter(partial, schema, **options) as writer:
+    with _replacing(path) as partial, pq.ParquetWriter(partial, schema, **options) as writer:
         while group := list(itertools.islice(content, _GROUP)):
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
 
 
 @contextlib.contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """A file to be written that then takes the place of `path`; it is on the disk before it has that name."""
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which then takes the name `path`. Before that, all of it is on the disk."""
     partial = path.with_name(f"{path.name}.partial")
     yield partial
     with partial.open("rb") as file:
@@ -93,7 +93,7 @@ def _appearing(path: Path) -> Iterator[Path]:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether all of a Parquet file can be read, each page with the checksum that it was written with."""
+    """Whether all of a Parquet file can be read, and every page has its checksum."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             for _ in file.iter_batches(_ROWS):
@@ -104,11 +104,11 @@ def is_whole(path: Path) -> bool:
 
 
 class Ranking:
-    """All pairs of an audit in their order, the least likely first. DuckDB sorts them, on the disk where they are many.
+    """All pairs of an audit, the least likely first. DuckDB sorts them, and uses the disk if they are many.
 
     Args:
         parts: Parquet files of the schema `PART`.
-        scratch: an existing folder for what is sorted on the way.
+        scratch: an existing folder for temporary files.
     """
 
     def __init__(self, parts: Sequence[Path], scratch: Path) -> None:
@@ -120,16 +120,16 @@ class Ranking:
         self._database.read_parquet(names).create_view("parts")
 
     def write(self, path: Path) -> None:
-        """Write all pairs with their ranks, counted from 1, whole or not at all."""
+        """Write all pairs with their ranks, counted from 1. A kill leaves the whole file or none."""
         columns = ", ".join(name for name in TABLE.names if name != "rank")
         ranked = self._database.sql(
             f"SELECT {columns}, row_number() OVER (ORDER BY {', '.join(ORDER)}) AS rank FROM parts ORDER BY rank"
         )
-        with _appearing(path) as partial:
+        with _replacing(path) as partial:
             ranked.write_parquet(str(partial), compression="zstd")
 
     def first(self, count: int, skip: int = 0) -> list[Row]:
-        """`count` rows of `PART` from the one behind the first `skip` on, in order."""
+        """The first `count` rows of the ranking behind the first `skip` rows, of the schema `PART`."""
         found = self._database.sql(f"FROM parts ORDER BY {', '.join(ORDER)} LIMIT {count} OFFSET {skip}")
         rows: list[Row] = found.to_arrow_table().to_pylist()
         return rows
@@ -144,7 +144,7 @@ class Ranking:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """What was noted in the schema that a file was written with."""
+    """The metadata of the schema of a Parquet file."""
     found = pq.read_schema(path).metadata or {}
     return {key.decode(): value.decode() for key, value in found.items()}
 

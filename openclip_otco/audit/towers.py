@@ -1,4 +1,4 @@
-"""Unimodal towers: an image model of timm and a text model of Hugging Face, which never saw a pair."""
+"""Unimodal towers: an image model of timm and a text model of Hugging Face, none of them trained on pairs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from openclip_otco.errors import UserError
 
-# Captions are short; what is longer is cut, as OpenCLIP cuts it.
+# Longer captions are cut, as OpenCLIP cuts them.
 _TOKENS = 77
 
 
@@ -20,12 +20,12 @@ class UnimodalTowers:
     """Two pretrained models, each with its own preparation of inputs; features are float32, on the CPU.
 
     Attributes:
-        name: as `--towers` has it.
+        name: the value of `--towers`.
         image_model: from `(n, 3, H, W)` to `(n, d)`.
         text_model, tokenizer: of transformers; a caption's features are the mean over its tokens (Reimers and Gurevych,
             *Sentence-BERT*, EMNLP 2019).
         preprocess: from a picture to `(3, H, W)`.
-        device: where both models are.
+        device: the device of both models.
     """
 
     name: str
@@ -65,15 +65,15 @@ class UnimodalTowers:
 
 
 def load_towers(name: str, device: str | None = None) -> UnimodalTowers:
-    """The towers that `name` says, with pretrained weights.
+    """The towers with this name, with pretrained weights.
 
     Args:
-        name: a model of the package's registry, of which the towers are taken without their heads; or `IMAGE+TEXT`, a
-            name of timm's and a name or a folder of transformers'.
-        device: of torch; the best there is by default.
+        name: a model of this package, whose towers are taken without their heads; or `IMAGE+TEXT`: the name of a timm
+            model, and the name or the folder of a transformers model.
+        device: of torch; by default a GPU if there is one.
 
     Raises:
-        UserError: there is no such model, its weights cannot be had, or there is no such device.
+        UserError: there is no such model, its weights cannot be loaded, or there is no such device.
     """
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -109,7 +109,7 @@ def _load(name: str, image: str, text: str, device: torch.device) -> UnimodalTow
     from transformers import AutoModel, AutoTokenizer
 
     image_model = timm.create_model(image, pretrained=True, num_classes=0).eval().to(device)
-    # The whole picture: what the caption speaks of may lie at its edge.
+    # The whole picture, as the caption may speak of things at its edge.
     preparation = resolve_model_data_config(image_model) | {"crop_pct": 1.0}
     return UnimodalTowers(
         name,

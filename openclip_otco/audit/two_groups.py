@@ -1,9 +1,10 @@
-"""Two groups: from scores of pairs, and of decoys, to how many pairs are wrong and how likely each is matched.
+"""Two groups: scores of pairs and of decoys tell how many pairs are wrong, and how likely each pair is matched.
 
 A pair's score comes from one of two densities (Efron, *Microarrays, empirical Bayes and the two-groups model*,
-Statistical Science 23, 2008). That of wrong pairs is the decoys'. The other one may have any form: all that is used is
-that a higher score never makes a pair less likely to be matched. Decoys in this part are the practice of proteomics
-(Käll, Storey, MacCoss, Noble, *Posterior error probabilities and false discovery rates*, J. Proteome Research 7, 2008).
+Statistical Science 23, 2008). The density of wrong pairs is that of the decoys. The density of matched pairs may have
+any form; it is only assumed that a higher score never makes a pair less likely to be matched. Proteomics uses decoys in
+this way (Käll, Storey, MacCoss, Noble, *Posterior error probabilities and false discovery rates*, J. Proteome Research
+7, 2008).
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from scipy.special import expit, logit
 
 Array = NDArray[np.float64]
 
-# Shares of the decoys below whose quantiles next to no matched pair lies.
+# Quantiles of the decoys' scores below which there are almost no matched pairs.
 _QUANTILES = (0.1, 0.2, 0.3)
-# No witness is more certain than this.
+# The probability of a single witness is at least this far from 0 and from 1.
 _CERTAIN = 1e-3
-# Of the logistic regression's coefficients, which separated groups would make infinite.
+# Penalty on the coefficients of the logistic regression, which would be infinite if the groups did not overlap.
 _PENALTY = 1e-4
 
 
@@ -37,11 +38,11 @@ class WrongShare(NamedTuple):
         return max(0.0, self.value - 1.96 * self.error), min(1.0, self.value + 1.96 * self.error)
 
 
-def separate(pairs: Array, decoys: Array) -> tuple[Array, Array]:
-    """One score out of several: by logistic regression, the log-odds of being a pair and no decoy but for a constant.
+def discriminant_scores(pairs: Array, decoys: Array) -> tuple[Array, Array]:
+    """One score out of several: by logistic regression, the log-odds of being a pair and no decoy, up to a constant.
 
-    Though some pairs are wrong, the likelier of two pairs to be matched has the higher score: a mixture with the
-    decoys' density rises with the ratio of the two.
+    Some pairs are wrong, but the order is right all the same. The density of all pairs is a mixture of matched and
+    wrong ones, and its ratio to the density of the decoys rises with the ratio of matched to wrong.
 
     Args:
         pairs, decoys: `(N, p)` and `(M, p)` scores.
@@ -68,11 +69,12 @@ def separate(pairs: Array, decoys: Array) -> tuple[Array, Array]:
 
 
 def wrong_share(pairs: Array, decoys: Array, image: ArrayLike, decoy_image: ArrayLike) -> WrongShare:
-    """How many pairs are wrong: as many as it takes for the low scores that there are.
+    """The share of wrong pairs, from the number of low scores.
 
-    Below the decoys' quantile `q` lies the share `q` of the wrong pairs and next to none of the others, so that the
-    share of all pairs that lie there is `q` times what is asked (Storey, *A direct approach to false discovery rates*,
-    JRSS B 64, 2002); the mean of a few quantiles. The standard error takes the pairs of an image for one observation.
+    Below the quantile `q` of the decoys lies the share `q` of the wrong pairs, and almost no matched pair. So the share
+    of all pairs that lie there, divided by `q`, is the share of wrong pairs (Storey, *A direct approach to false
+    discovery rates*, JRSS B 64, 2002). The mean over a few quantiles is taken. For the standard error, all pairs of an
+    image are one observation.
 
     Args:
         pairs, decoys: `(N,)` and `(M,)` scores.
@@ -91,8 +93,8 @@ def wrong_share(pairs: Array, decoys: Array, image: ArrayLike, decoy_image: Arra
     return WrongShare(float(share.clip(0, 1)), float(np.sqrt((influence**2).sum())))
 
 
-def overall(shares: Sequence[WrongShare], counts: Sequence[int]) -> WrongShare:
-    """The share of all pairs, from those of windows of `counts` pairs each."""
+def overall_share(shares: Sequence[WrongShare], counts: Sequence[int]) -> WrongShare:
+    """The share of wrong pairs of all windows, from the share and the number of pairs of each."""
     weights = np.array(counts) / sum(counts)
     value = weights @ [share.value for share in shares]
     return WrongShare(float(value), float(np.linalg.norm(weights * [share.error for share in shares])))
@@ -106,7 +108,8 @@ def posterior(pairs: Array, decoys: Array, wrong: float) -> Array:
         wrong: the share of wrong pairs.
     """
     scores = np.concatenate([pairs, decoys])
-    order = np.argsort(scores, kind="stable")  # pairs before decoys of the same score, so that they get one mean
+    # Among equal scores, pairs come before decoys: the regression then gives all of them one mean.
+    order = np.argsort(scores, kind="stable")
     is_pair = np.arange(len(scores)) < len(pairs)
     weights = np.where(is_pair, 1 / len(pairs), 1 / len(decoys))
     real = np.empty(len(scores))
@@ -115,30 +118,38 @@ def posterior(pairs: Array, decoys: Array, wrong: float) -> Array:
     return 1 - np.clip(wrong * (1 - real) / real.clip(min=1e-9), 0, 1)
 
 
-def posterior_of_second(first: Array, scores: Array) -> Array:
-    """The probability that each pair is matched by a second witness alone, `(N,)`, whose decoys are not to be trusted.
+def posterior_by_reference(first: Array, scores: Array) -> Array:
+    """The probability that each pair is matched, `(N,)`, by a second witness alone, which has no fair decoys.
 
-    A model that was trained on the pairs knows the wrong ones by heart to some part, and no decoy. So its witness is
-    judged by the first one, which knows none: where both are independent given the truth, the mean of the first one's
-    probabilities at a score is the probability asked, shrunk between the means that wrong and matched pairs have. (It
-    is what correction for label noise undoes: Natarajan et al., *Learning with noisy labels*, NeurIPS 2013.)
+    A model that was trained on the pairs has learned some of the wrong ones, but no decoy. So its decoys would tell
+    nothing of its wrong pairs. Its scores are compared with the probabilities of a first witness instead. If both
+    witnesses are independent given the truth, then the mean of the first one's probabilities at a score is a linear
+    function of the probability that is wanted: it runs from the first one's mean over wrong pairs to its mean over
+    matched pairs. This function is inverted. (Corrections for label noise do the same: Natarajan et al., *Learning with
+    noisy labels*, NeurIPS 2013.)
 
     Args:
         first: `(N,)` probabilities by the first witness.
-        scores: `(N,)` of the second, the higher the likelier matched.
+        scores: `(N,)` of the second witness, the higher the likelier matched.
     """
-    order = np.lexsort((-first, scores))  # equal scores come in falling order, so that they get one mean
+    # Among equal scores, probabilities fall: the regression then gives all of them one mean.
+    order = np.lexsort((-first, scores))
     mean = np.empty(len(scores))
     mean[order] = isotonic_regression(first[order]).x
     matched, wrong = first.sum(), (1 - first).sum()
     top = first @ first / matched if matched else 1.0
     bottom = first @ (1 - first) / wrong if wrong else 0.0
-    if top - bottom < _CERTAIN:  # the first knows nothing that could teach anything
+    if top - bottom < _CERTAIN:  # the first witness does not tell pairs apart, so nothing can be learned from it
         return np.full_like(first, first.mean())
     return np.clip((mean - bottom) / (top - bottom), 0, 1)
 
 
-def together(first: Array, second: Array, wrong: float) -> Array:
-    """The probability by two witnesses that are independent given the truth, `(N,)`; the prior is `1 - wrong`."""
+def combined_posterior(first: Array, second: Array, wrong: float) -> Array:
+    """The probability that each pair is matched, `(N,)`, by two witnesses that are independent given the truth.
+
+    Args:
+        first, second: `(N,)` probabilities of each witness alone.
+        wrong: the share of wrong pairs; both probabilities have `1 - wrong` as their prior.
+    """
     odds = sum(logit(np.clip(each, _CERTAIN, 1 - _CERTAIN)) for each in (first, second))
     return expit(odds - logit(np.clip(1 - wrong, _CERTAIN, 1 - _CERTAIN)))

@@ -1,4 +1,4 @@
-"""The verdict on a window: what all witnesses say of its pairs, and which caption each image should have."""
+"""The verdict on a window: what all witnesses say of its pairs, and which other caption fits each image best."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from openclip_otco.audit.canonical import Moments, canonical_space
-from openclip_otco.audit.confidence import Judgement, groups, judge
+from openclip_otco.audit.confidence import PlanJudgement, groups, judge_by_plan
 from openclip_otco.audit.structure import centred
 from openclip_otco.audit.two_groups import Array, WrongShare
-from openclip_otco.audit.witnesses import Testimony, ask_towers, with_second
+from openclip_otco.audit.witnesses import TowerJudgement, combine_with_model, judge_by_towers
 from openclip_otco.errors import UserError
 from openclip_otco.method.plan import TransportPlan
 from openclip_otco.method.solver import PlanSolver
@@ -23,16 +23,17 @@ Sides = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of `N` pairs.
+    """What all witnesses say of `N` pairs.
 
     Attributes:
-        probability: `(N,)` that the pair is matched.
+        probability: `(N,)`, that the pair is matched.
         evidence: `(N,)`, the order among pairs of equal probability; the higher, the likelier matched.
-        structure: `(N,)`, what the towers say for themselves, in standard deviations of pairs put together at random.
-        log_density: `(N,)`, how much likelier than chance the trained model's plan makes the pair; None without one.
+        structure: `(N,)`, score of the unimodal towers, in standard deviations of random pairs.
+        log_density: `(N,)`, how much likelier than chance the plan of the trained model makes the pair, see
+            `log_density`; None without a trained model.
         cosine: `(N,)`, in `[-1, 1]`, of the trained model; None without one.
-        best: `(N,)` int, as `Judgement` has it.
-        wrong: the share of wrong pairs.
+        best: `N` numbers of pairs, see `PlanJudgement`.
+        wrong: the estimated share of wrong pairs.
     """
 
     probability: Array
@@ -51,33 +52,34 @@ def judge_window(
     images: Sequence[Hashable],
     captions: Sequence[Hashable],
 ) -> Verdict:
-    """What can be said of `N` pairs.
+    """Judge `N` pairs by all witnesses.
 
     Args:
-        solver: couples images and captions.
-        towers: features of images and captions, `(N, d)` and `(N, e)`, by two towers for themselves.
-        trained: features by a trained model, `(N, k)` each, unit norm; without it the plan is one of the points in the
-            canonical space of the towers, and only says which caption an image should have.
-        images, captions: what tells images apart, and captions, `N` each.
+        solver: solves the plan.
+        towers: features of images and captions by unimodal towers, `(N, d)` and `(N, e)`.
+        trained: features by a trained model, `(N, k)` each, of unit norm. Without it, the plan is made of points in the
+            canonical space of the towers, and only tells which other caption fits an image best.
+        images, captions: a value for the image and for the caption of each pair, `N` each; equal values are equal
+            images, or equal captions.
 
     Raises:
         UserError: the plan cannot be solved.
     """
     image, _ = groups(images, towers[0].device)
     caption, _ = groups(captions, towers[0].device)
-    testimony = ask_towers(*towers, image, caption)
-    structure = testimony.score / testimony.decoy_scale
+    by_towers = judge_by_towers(*towers, image, caption)
+    structure = by_towers.score / by_towers.decoy_scale
     if trained is None:
-        judged = judge(_coupled(solver, *_shared_points(towers, testimony)), images, captions)
-        return Verdict(testimony.probability, structure, structure, None, None, judged.best.tolist(), testimony.wrong)
-    judged = judge(_coupled(solver, *trained), images, captions)
-    density = log_density(judged)
-    probability, evidence = with_second(testimony, density)
-    cosine = judged.cosine.double().cpu().numpy()
-    return Verdict(probability, evidence, structure, density, cosine, judged.best.tolist(), testimony.wrong)
+        by_plan = judge_by_plan(_plan(solver, *_points_of_towers(towers, by_towers)), images, captions)
+        return Verdict(by_towers.probability, structure, structure, None, None, by_plan.best.tolist(), by_towers.wrong)
+    by_plan = judge_by_plan(_plan(solver, *trained), images, captions)
+    density = log_density(by_plan)
+    probability, evidence = combine_with_model(by_towers, density)
+    cosine = by_plan.cosine.double().cpu().numpy()
+    return Verdict(probability, evidence, structure, density, cosine, by_plan.best.tolist(), by_towers.wrong)
 
 
-def _coupled(solver: PlanSolver, images: Tensor, texts: Tensor) -> TransportPlan:
+def _plan(solver: PlanSolver, images: Tensor, texts: Tensor) -> TransportPlan:
     try:
         return solver.solve(images, texts)
     except torch.OutOfMemoryError:
@@ -86,22 +88,22 @@ def _coupled(solver: PlanSolver, images: Tensor, texts: Tensor) -> TransportPlan
         raise UserError(f"--epsilon {solver.epsilon}: {error}") from error
 
 
-def log_density(judged: Judgement) -> Array:
-    """How much likelier than chance the plan makes each pair of its window, `(N,)`, as a logarithm.
+def log_density(by_plan: PlanJudgement) -> Array:
+    """How much likelier than chance the plan makes each pair of its window: a logarithm, `(N,)`.
 
-    The root of the confidence is a pair's share `s` of its row and column among `N`, of which a pair put together at
-    random has about `1/N`: so the density beside all others is `N s/(1 - s)`.
+    The square root of the confidence is the pair's share `s` of its row and its column (their geometric mean). A random
+    pair has a share of about `1/N`. So the pair is `N s/(1 - s)` times as likely as a random one.
     """
-    log_share = judged.log_confidence.double() / 2
+    log_share = by_plan.log_confidence.double() / 2
     density: Array = (
         (log_share - torch.log(-torch.expm1(log_share).clamp(max=-1e-12)) + math.log(len(log_share))).cpu().numpy()
     )
     return density
 
 
-def _shared_points(towers: Sides, testimony: Testimony) -> Sides:
-    """Images and captions in one space, made of the pairs as far as they are believed."""
+def _points_of_towers(towers: Sides, by_towers: TowerJudgement) -> Sides:
+    """Points of images and captions in one space, made of the pairs, each weighted by its probability."""
     images, texts = (centred(side) for side in towers)
-    weights = torch.from_numpy(testimony.probability.clip(min=1e-3)).to(images)
+    weights = torch.from_numpy(by_towers.probability.clip(min=1e-3)).to(images)
     space = canonical_space(Moments.of(images, texts, weights))
     return space.images(images), space.texts(texts)

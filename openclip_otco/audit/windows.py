@@ -1,4 +1,4 @@
-"""Windows: how many pairs are coupled at a time, and where one window ends."""
+"""Windows: the pairs of the data are judged in groups of a fixed size."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ T = TypeVar("T")
 
 
 def windows(batches: Iterable[list[T]], size: int) -> Iterator[tuple[list[T], T | None]]:
-    """The items of `batches`, in order, `size` at a time, each time with the first item behind them, if there is one.
+    """Groups the items of `batches`, in their order, into windows of `size`; each comes with the next item, or None.
 
-    The last window has between half as many and one and a half times as many, as the last few pairs would have nothing
-    to be compared with: a window is given out only when half a window lies behind it, and at the end what is left is
-    one. (Fewer than half a window of items in all are a window as well.)
+    The last window has between 0.5 and 1.5 times `size` items: fewer pairs would have too little to be compared with.
+    So a window is given out only when half of the next one has been read. Data with fewer items are one window.
     """
     kept: list[T] = []
     for batch in batches:

@@ -1,4 +1,4 @@
-"""Witnesses: what speaks for a pair and what against it, without a look at anything but features."""
+"""Witnesses: how likely pairs are matched, judged by the features of images and captions alone."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from openclip_otco.audit.structure import Structure, centred
 from openclip_otco.audit.two_groups import (
     Array,
     WrongShare,
+    combined_posterior,
+    discriminant_scores,
     posterior,
-    posterior_of_second,
-    separate,
-    together,
+    posterior_by_reference,
     wrong_share,
 )
 
 FOLDS, _DECOYS = 4, 3
-# Rounds after the first one, in which pairs are heard as far as the round before believes them.
+# Number of further rounds, in which each pair is weighted by its probability of the round before.
 _ROUNDS = 2
-# What nobody believes is heard a little, so that something is left to be heard.
+# No weight is 0, so that some pairs count even if all seem wrong.
 _LEAST_WEIGHT = 1e-3
 
 
 @dataclass(frozen=True)
-class Testimony:
-    """What the towers' own features say of `N` pairs.
+class TowerJudgement:
+    """What unimodal towers say of `N` pairs.
 
     Attributes:
         score: `(N,)`; the higher, the likelier the pair is matched.
-        probability: `(N,)` that it is matched.
-        wrong: the share of wrong pairs.
-        decoy_scale: standard deviation of the score among pairs put together at random.
+        probability: `(N,)`, that the pair is matched.
+        wrong: the estimated share of wrong pairs.
+        decoy_scale: standard deviation of the score of random pairs.
     """
 
     score: Array
@@ -47,14 +47,14 @@ class Testimony:
     decoy_scale: float
 
 
-def ask_towers(images: Tensor, texts: Tensor, image: Tensor, caption: Tensor, seed: int = 0) -> Testimony:
-    """Which pairs are matched, by features of two towers that were never trained on the pairs.
+def judge_by_towers(images: Tensor, texts: Tensor, image: Tensor, caption: Tensor, seed: int = 0) -> TowerJudgement:
+    """Judge pairs by the features of two towers that were not trained on pairs.
 
-    Two things are asked of a pair: its place in the `Structure`, and its cosine in the `CanonicalSpace` of the other
-    folds. Both are made one score by how they tell pairs from decoys; then they are asked again, with each pair heard
-    as far as it is believed. The share of wrong pairs is that of the first round: there a wrong pair and a decoy are
-    the same thing, while later ones are a little kinder to the pairs, whose own fold had a say in what the others
-    believe.
+    A pair has two witnesses: its correlation in the `Structure`, and its cosine in the `CanonicalSpace` of the other
+    folds. They are combined into the score that best tells pairs from decoys. This is done again in further rounds, in
+    which each pair is weighted by its probability of the round before. The share of wrong pairs is that of the first
+    round, where a wrong pair and a decoy have the same distribution. In later rounds the pairs have a small advantage
+    over decoys: the pairs of a fold had an influence on the weights of the others.
 
     Args:
         images, texts: `(N, d)` and `(N, e)` features; row `i` of both is pair `i`.
@@ -68,33 +68,38 @@ def ask_towers(images: Tensor, texts: Tensor, image: Tensor, caption: Tensor, se
     first, second = (each.to(images.device) for each in decoys.pairs())
     pairs = torch.arange(len(images), device=images.device)
     weights = torch.ones(len(images), device=images.device)
-    if not len(first):  # of one image, nothing can be said
+    if not len(first):  # without another image there are no decoys, and nothing can be said
         nothing = np.zeros(len(images))
-        return Testimony(nothing, nothing + 1, WrongShare(0.0, 0.0), 1.0)
+        return TowerJudgement(nothing, nothing + 1, WrongShare(0.0, 0.0), 1.0)
     share: WrongShare | None = None
     for _ in range(1 + _ROUNDS):
         cosine, decoy_cosine = canonical_cosines(images, texts, weights, decoys)
         correlation = structure.correlation(pairs, pairs, weights)
         decoy_correlation = structure.correlation(first, second, weights)
-        score, decoy_score = separate(_columns(correlation, cosine), _columns(decoy_correlation, decoy_cosine))
+        score, decoy_score = discriminant_scores(
+            _columns(correlation, cosine), _columns(decoy_correlation, decoy_cosine)
+        )
         if share is None:
             share = wrong_share(score, decoy_score, image.cpu().numpy(), image[first].cpu().numpy())
         probability = posterior(score, decoy_score, share.value)
         weights = torch.from_numpy(probability.clip(min=_LEAST_WEIGHT)).to(weights)
     assert share is not None
-    return Testimony(score, probability, share, float(decoy_score.std().clip(min=1e-12)))
+    return TowerJudgement(score, probability, share, float(decoy_score.std().clip(min=1e-12)))
 
 
-def with_second(testimony: Testimony, score: Array) -> tuple[Array, Array]:
-    """The probability that each pair is matched, `(N,)`, and the order within equal ones, `(N,)`, by both witnesses.
+def combine_with_model(towers: TowerJudgement, score: Array) -> tuple[Array, Array]:
+    """Judge pairs by the towers and by a model that was trained on these pairs.
 
     Args:
-        testimony: of the towers.
-        score: `(N,)`, of a model that was trained on the pairs, such as a plan's log-density.
+        towers: what the towers say.
+        score: `(N,)`, of the model, such as a plan's log-density; the higher, the likelier the pair is matched.
+
+    Returns:
+        The probability that each pair is matched, `(N,)`, and the order among pairs of equal probability, `(N,)`.
     """
-    second = posterior_of_second(testimony.probability, score)
-    probability = together(testimony.probability, second, testimony.wrong.value)
-    return probability, testimony.score / testimony.decoy_scale + score / max(float(score.std()), 1e-12)
+    second = posterior_by_reference(towers.probability, score)
+    probability = combined_posterior(towers.probability, second, towers.wrong.value)
+    return probability, towers.score / towers.decoy_scale + score / max(float(score.std()), 1e-12)
 
 
 def canonical_cosines(images: Tensor, texts: Tensor, weights: Tensor, decoys: Decoys) -> tuple[Tensor, Tensor]:
@@ -126,5 +131,5 @@ def canonical_cosines(images: Tensor, texts: Tensor, weights: Tensor, decoys: De
 
 
 def _columns(correlation: Tensor, cosine: Tensor) -> Array:
-    # Fisher's transformation: without it the spread of a correlation shrinks towards 1.
+    # Fisher's transformation: without it, correlations near 1 would have a smaller spread than others.
     return torch.stack([correlation.clamp(-0.999, 0.999).atanh(), cosine], dim=1).double().cpu().numpy()
