@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from openclip_otco.method.loss import OTCOLoss
 from openclip_otco.method.plan import TransportPlan
 from openclip_otco.method.solver import PlanSolver
-from openclip_otco.ot.group import ALONE, DistributedShards
+from openclip_otco.ot.group import ALONE, DistributedGroup
 
 WORLDS = (1, 2, 4)
 STRONG, WEAK = 4096, 1024
@@ -42,15 +42,15 @@ def free_port() -> int:
 
 def plan_rank(rank: int, world: int, port: int, sizes: list[int], repeats: int, out: Path) -> None:
     torch.set_num_threads(1)
-    shards = ALONE
+    group = ALONE
     counted = {"floats": 0, "calls": 0}
     if world > 1:
         dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=world, rank=rank)
-        shards = DistributedShards()
+        group = DistributedGroup()
         _count(counted)
     results = {}
     for n in sizes:
-        solver = PlanSolver(epsilon=0.1, additive_error=0.01, shards=shards)
+        solver = PlanSolver(epsilon=0.1, additive_error=0.01, group=group)
         previous = solver.solve(*features(EPOCHS[1], n, FEATURES, offset=min(n // 2, 7000 - n)))
         pair = features(EPOCHS[1], n, FEATURES)
         with FlopCounterMode(display=False) as operations:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from open_clip_train.file_utils import pt_load
 
 from openclip_otco import FeatureWindow, OTCOLoss, PlanCache, PlanCacheCallback, PlanSolver
-from openclip_otco.ot.group import DistributedShards
+from openclip_otco.ot.group import DistributedGroup
 
 
 class Writer:
@@ -501,7 +501,7 @@ def _rank(rank: int, world: int, folder: Path) -> None:
     out = {}
     for case, state in _states(rank).items():
         lines.clear()
-        hook = make_callback(solver=PlanSolver(shards=DistributedShards()), warmup=0, master=rank == 0)
+        hook = make_callback(solver=PlanSolver(group=DistributedGroup()), warmup=0, master=rank == 0)
         hook.on_load_checkpoint(state)
         loaded = (list(hook.cache), len(hook.window), hook.made, list(lines))
         hook.on_train_start(step=10, total_steps=40)

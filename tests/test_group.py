@@ -22,7 +22,7 @@ from openclip_otco.method.loss import Features, OTCOLoss
 from openclip_otco.method.solver import PlanSolver
 from openclip_otco.ot import CosineCost, nearest_potentials, sinkhorn
 from openclip_otco.ot import cost as cost_module
-from openclip_otco.ot.group import ALONE, DistributedShards, Shards
+from openclip_otco.ot.group import ALONE, DistributedGroup, Group
 from openclip_otco.train.callback import PlanCacheCallback
 
 WORLDS = (2, 4)
@@ -39,27 +39,27 @@ def problem():
     return CosineCost(x, y), a / a.sum(), b / b.sum()
 
 
-def solved(shards, epsilon, start):
+def solved(group, epsilon, start):
     cost, a, b = problem()
     g = torch.linspace(-1, 1, 150) if start == "far" else None
     init = None if g is None else (torch.zeros(211), g)
-    return sinkhorn(cost, epsilon, a, b, init=init, tol=3e-5, max_iterations=3000, shards=shards)
+    return sinkhorn(cost, epsilon, a, b, init=init, tol=3e-5, max_iterations=3000, group=group)
 
 
 def windows():
     return [paired_features(512, seed=seed) for seed in (1, 2)]
 
 
-def plans(shards, initial_plan="combinatorial"):
+def plans(group, initial_plan="combinatorial"):
     """Two plans, the second with a warm start, of features that are enough to be shared out."""
-    plan_solver = PlanSolver(0.05, initial_plan, shards=shards)
+    plan_solver = PlanSolver(0.05, initial_plan, group=group)
     first = plan_solver.solve(*windows()[0])
     return [first, plan_solver.solve(*windows()[1], step=1, previous=first)]
 
 
-def callback(shards, steps=2):
+def callback(group, steps=2):
     loss = OTCOLoss()
-    return PlanCacheCallback(loss, FeatureWindow(steps), PlanCache(), PlanSolver(0.1, shards=shards), warmup=0.0)
+    return PlanCacheCallback(loss, FeatureWindow(steps), PlanCache(), PlanSolver(0.1, group=group), warmup=0.0)
 
 
 def failing_rank(failing, world):
@@ -74,7 +74,7 @@ def train(hook, failing=None, rank=0):
         batch = paired_features(256, seed=step)
         hook.loss.gathered = Features(*batch)
         with pytest.MonkeyPatch.context() as patch:
-            if failing and step in (2, 3) and rank == failing_rank(failing, hook.solver.shards.count):
+            if failing and step in (2, 3) and rank == failing_rank(failing, hook.solver.group.count):
                 _break(patch, failing, step, hook)
             hook.on_step_end(step=step, epoch=0, features={}, losses={})
     return hook
@@ -105,7 +105,7 @@ def join(rank, world, folder):
     """The group of gloo ranks that this one belongs to."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", world_size=world, rank=rank)
-    return DistributedShards()
+    return DistributedGroup()
 
 
 def leave():
@@ -114,33 +114,33 @@ def leave():
 
 
 def _rank(rank, world, folder):
-    shards = join(rank, world, folder)
+    group = join(rank, world, folder)
     out = {}
     for path, entries in POTENTIALS.items():
         cost_module.DENSE_ENTRIES = entries
         for epsilon in (0.02, 0.3):
             for start in ("zero", "far"):
-                result = solved(shards, epsilon, start)
+                result = solved(group, epsilon, start)
                 out[f"{path}-{epsilon}-{start}"] = (result.f, result.g, result.marginal_error, result.value)
     cost, a, b = problem()
     candidates = [torch.zeros(150), result.g, torch.randn(150, generator=torch.Generator().manual_seed(1))]
-    out["nearest"] = nearest_potentials(cost, candidates, 0.3, a, b, shards=shards)
+    out["nearest"] = nearest_potentials(cost, candidates, 0.3, a, b, group=group)
     cost_module.DENSE_ENTRIES = POTENTIALS["kept"]
-    out["plans"] = [plan.state_dict() for plan in plans(shards)]
-    out["digests"] = [plan.digest() for plan in plans(shards)]
+    out["plans"] = [plan.state_dict() for plan in plans(group)]
+    out["digests"] = [plan.digest() for plan in plans(group)]
     with pytest.MonkeyPatch.context() as patch:
         # Without an initial plan no rank has use for the whole cost.
         sizes = []
         patch.setattr(solver, "_DRIFT_SUPPORT", 64)  # the drift has costs of its own
         patch.setattr(cost_module, "whole", lambda cost: sizes.append(cost.shape) or cost.rows(slice(0, cost.shape[0])))
-        out["previous"] = [plan.state_dict() for plan in plans(shards, "previous")]
+        out["previous"] = [plan.state_dict() for plan in plans(group, "previous")]
     out["largest part"] = max(n * m for n, m in sizes)
     for failing in FAILURES:
-        hook = train(callback(shards), failing, rank)
+        hook = train(callback(group), failing, rank)
         out[failing] = (hook.made, hook.skipped, list(hook.cache), [hook.cache[step].digest() for step in hook.cache])
     vector = torch.full((3,), float(rank))
-    out["least"] = (shards.attempt(lambda: shards.least(vector)), shards.attempt(lambda: shards.total(vector)), vector)
-    small = PlanSolver(0.1, shards=shards).solve(*paired_features(world * solver._LEAST_PART - 1))
+    out["least"] = (group.attempt(lambda: group.least(vector)), group.attempt(lambda: group.total(vector)), vector)
+    small = PlanSolver(0.1, group=group).solve(*paired_features(world * solver._LEAST_PART - 1))
     out["small"] = (small.digest(), sorted(small.diagnostics))
     torch.save(out, folder / f"{world}-{rank}.pt")
     leave()
@@ -260,23 +260,23 @@ class Tracer:
             sys.settrace(None)
 
 
-def scenarios(shards):
+def scenarios(group):
     """Solves that go through all lines which ranks go through together: matrices kept and streamed, near and far."""
     first = PlanSolver(0.05).solve(*paired_features(48, seed=1))
-    again = PlanSolver(0.05, shards=shards)
+    again = PlanSolver(0.05, group=group)
 
     def streamed(start):
         cost_module.DENSE_ENTRIES = 0
         try:
             init = None if start == "zero" else (torch.zeros(48), torch.linspace(-9, 9, 48))
             cost = CosineCost(*paired_features(48, seed=2))
-            return sinkhorn(cost, 0.02, init=init, tol=1e-3, max_iterations=9, shards=shards)
+            return sinkhorn(cost, 0.02, init=init, tol=1e-3, max_iterations=9, group=group)
         finally:
             cost_module.DENSE_ENTRIES = POTENTIALS["kept"]
 
     def far():
         init = (torch.zeros(48), torch.linspace(-9, 9, 48))
-        return sinkhorn(CosineCost(*paired_features(48, seed=2)), 0.02, init=init, max_iterations=9, shards=shards)
+        return sinkhorn(CosineCost(*paired_features(48, seed=2)), 0.02, init=init, max_iterations=9, group=group)
 
     return {
         "a plan": lambda: again.solve(*paired_features(48, seed=2), step=1, previous=first),
@@ -287,11 +287,11 @@ def scenarios(shards):
 
 
 def _fails_at_each_line(rank, world, folder):
-    shards = join(rank, world, folder)
+    group = join(rank, world, folder)
     out = {"lines": 0, "wrong": []}
     seen = set()
-    for name, solve in scenarios(shards).items():
-        make = partial(shards.attempt, solve)  # as the callback does
+    for name, solve in scenarios(group).items():
+        make = partial(group.attempt, solve)  # as the callback does
         tracer = Tracer()
         sound = tracer.run(make)
         assert not isinstance(sound, Exception), sound
@@ -342,7 +342,7 @@ class Meeting:
         return result
 
 
-class ThreadShards(Shards):
+class ThreadGroup(Group):
     """One of many ranks, played by threads of one process; it counts what it hands to collectives, as if it told of
     failures before each of them."""
 
@@ -379,7 +379,7 @@ def test_256_ranks_share_a_plan(monkeypatch):
     pair = paired_features(n, seed=2)
     alone = PlanSolver(0.05).solve(*pair, step=1, previous=previous)
     meeting = Meeting(count)
-    group = [ThreadShards(rank, count, meeting) for rank in range(count)]
+    members = [ThreadGroup(rank, count, meeting) for rank in range(count)]
     sizes = {}  # of the largest matrix that a rank lays out
     whole, local = cost_module.whole, threading.local()
 
@@ -388,14 +388,14 @@ def test_256_ranks_share_a_plan(monkeypatch):
         sizes[rank] = max(sizes.get(rank, 0), cost.shape[0] * cost.shape[1])
         return whole(cost)
 
-    def solve(shards):
-        local.rank = shards.rank
+    def solve(group):
+        local.rank = group.rank
         torch.set_num_threads(1)
-        return PlanSolver(0.05, shards=shards).solve(*pair, step=1, previous=previous)
+        return PlanSolver(0.05, group=group).solve(*pair, step=1, previous=previous)
 
     monkeypatch.setattr(cost_module, "whole", watched)
     with ThreadPoolExecutor(count) as pool:
-        plans = list(pool.map(solve, group))
+        plans = list(pool.map(solve, members))
     assert len({plan.digest() for plan in plans}) == 1
     offset = plans[0].f.mean() - alone.f.mean()  # potentials are free up to a constant
     torch.testing.assert_close(plans[0].f - offset, alone.f, atol=2e-3, rtol=0)
@@ -403,7 +403,7 @@ def test_256_ranks_share_a_plan(monkeypatch):
     assert set(sizes) == set(range(1, count))
     assert max(sizes.values()) <= n * n // count
     run = Run(batch=1, ranks=count, window=8, max_support=n)
-    assert {shards.floats for shards in group} == {run.plan_floats(int(plans[0].diagnostics["iterations"]))}
+    assert {member.floats for member in members} == {run.plan_floats(int(plans[0].diagnostics["iterations"]))}
 
 
 def test_the_digest_is_logged_in_debug_mode_alone(caplog):

@@ -14,7 +14,7 @@ from openclip_otco.ot import CosineCost, combinatorial_plan, exact_plan, nearest
 from openclip_otco.ot.cost import Cost, HeldParts, held, tiles
 from openclip_otco.ot.defaults import ADDITIVE_ERROR, EPSILON
 from openclip_otco.ot.divergence import plan_rows, sinkhorn_divergence
-from openclip_otco.ot.group import ALONE, Shards
+from openclip_otco.ot.group import ALONE, Group
 
 INITIAL_PLANS = ("combinatorial", "emd", "previous", "none")
 COUPLINGS = ("transport", "softmax")
@@ -38,7 +38,7 @@ class PlanSolver:
         tolerance: L1 marginal error at which Sinkhorn stops.
         max_iterations: of Sinkhorn.
         seed: breaks the combinatorial plan's ties.
-        shards: the processes that make a plan together: the first one the initial plan, each its share of the rest. A
+        group: the processes that make a plan together: the first one the initial plan, each its share of the rest. A
             plan of fewer than eight points for each is made by the first one, which alone has its diagnostics.
         coupling: `transport`, or `softmax`: no transport, zero potentials, to see what the marginals are good for.
 
@@ -52,7 +52,7 @@ class PlanSolver:
     tolerance: float = 1e-3
     max_iterations: int = 2000
     seed: int = 0
-    shards: Shards = ALONE
+    group: Group = ALONE
     coupling: str = "transport"
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ class PlanSolver:
             ValueError: features that are empty, of different shapes or not finite.
             RuntimeError: the exact plan did not finish, or Sinkhorn stopped far from its marginals.
         """
-        return self.shards.attempt(lambda: self._solve(image_features, text_features, step, previous))
+        return self.group.attempt(lambda: self._solve(image_features, text_features, step, previous))
 
     def _solve(
         self, image_features: Tensor, text_features: Tensor, step: int, previous: TransportPlan | None
@@ -91,16 +91,16 @@ class PlanSolver:
             diagnostics: dict[str, float] = {}
             if self.coupling != "transport":
                 f, g = images.new_zeros(2, len(images))
-            elif len(images) >= _LEAST_PART * self.shards.count:
-                f, g = self._potentials(cost, texts, previous, diagnostics, self.shards)
+            elif len(images) >= _LEAST_PART * self.group.count:
+                f, g = self._potentials(cost, texts, previous, diagnostics, self.group)
             else:
-                f, g = self.shards.first(
+                f, g = self.group.first(
                     lambda: torch.stack(self._potentials(cost, texts, previous, diagnostics, ALONE)),
                     images.new_zeros(2, len(images)),
                 )
             if previous is not None and previous.image_features.shape[1] == images.shape[1]:
                 sides = ((previous.image_features, images), (previous.text_features, texts))
-                image, text = self.shards.first(
+                image, text = self.group.first(
                     lambda: torch.stack([_drift(*side, self.epsilon) for side in sides]), images.new_zeros(2)
                 ).tolist()
                 diagnostics |= {"drift_image": image, "drift_text": text}
@@ -113,22 +113,22 @@ class PlanSolver:
         texts: Tensor,
         previous: TransportPlan | None,
         diagnostics: dict[str, float],
-        shards: Shards,
+        group: Group,
     ) -> tuple[Tensor, Tensor]:
         """`f` and `g`, `(N,)` each, of the entropic plan."""
         # One process alone goes over all of it; of several the first one does, if it makes an initial plan.
-        whole = shards.count == 1 or (shards.rank == 0 and self.initial_plan in ("combinatorial", "emd"))
+        whole = group.count == 1 or (group.rank == 0 and self.initial_plan in ("combinatorial", "emd"))
         if whole:
             cost = held(cost)
-        if shards.count > 1:
+        if group.count > 1:
             cost = HeldParts(cost)
         result = sinkhorn(
             cost,
             self.epsilon,
-            init=self._start(cost, texts, previous, diagnostics, shards),
+            init=self._start(cost, texts, previous, diagnostics, group),
             tol=self.tolerance,
             max_iterations=self.max_iterations,
-            shards=shards,
+            group=group,
         )
         if not result.marginal_error <= _WORST_ERROR:
             raise RuntimeError(
@@ -136,7 +136,7 @@ class PlanSolver:
                 f"iterations at epsilon={self.epsilon}; try a larger epsilon"
             )
         diagnostics |= {"iterations": result.iterations, "marginal_error": result.marginal_error}
-        diagnostics |= _shape_of(cost, result.f, result.g, self.epsilon, shards)
+        diagnostics |= _shape_of(cost, result.f, result.g, self.epsilon, group)
         return result.f, result.g
 
     def _start(
@@ -145,19 +145,19 @@ class PlanSolver:
         texts: Tensor,
         previous: TransportPlan | None,
         diagnostics: dict[str, float],
-        shards: Shards,
+        group: Group,
     ) -> tuple[Tensor, Tensor] | None:
         candidates = []
         if self.initial_plan in ("combinatorial", "emd"):
-            initial = shards.first(lambda: self._initial(cost), texts.new_zeros(len(texts) + 1))
+            initial = group.first(lambda: self._initial(cost), texts.new_zeros(len(texts) + 1))
             diagnostics["additive_error"] = float(initial[-1])
             candidates.append(initial[:-1])
         if self.initial_plan != "none" and previous is not None and previous.text_features.shape[1] == texts.shape[1]:
-            mine = shards.part(len(texts))
-            candidates.append(shards.joined(previous.text_potential(texts[mine]), len(texts)))
+            mine = group.part(len(texts))
+            candidates.append(group.joined(previous.text_potential(texts[mine]), len(texts)))
         if not candidates:
             return None
-        nearest = nearest_potentials(cost, candidates, self.epsilon, shards=shards) if len(candidates) > 1 else 0
+        nearest = nearest_potentials(cost, candidates, self.epsilon, group=group) if len(candidates) > 1 else 0
         return torch.zeros_like(candidates[nearest]), candidates[nearest]
 
     def _initial(self, cost: Cost) -> Tensor:
@@ -169,12 +169,12 @@ class PlanSolver:
         return torch.cat([plan.g, plan.g.new_tensor([plan.additive_error])])
 
 
-def _shape_of(cost: Cost, f: Tensor, g: Tensor, epsilon: float, shards: Shards) -> dict[str, float]:
+def _shape_of(cost: Cost, f: Tensor, g: Tensor, epsilon: float, group: Group) -> dict[str, float]:
     """Objective `<σ, C>`, entropy `-Σ σ log σ` in nats, and the mass on own pairs `Σ_i σ_ii`, in `[0, 1]`."""
     n = len(f)
     a = torch.full_like(f, 1 / n)
-    mine = shards.part(n)
-    part, f_mine = (cost, f) if shards.count == 1 else (cost.restricted(mine, slice(None)), f[mine])
+    mine = group.part(n)
+    part, f_mine = (cost, f) if group.count == 1 else (cost.restricted(mine, slice(None)), f[mine])
 
     own = torch.arange(n, device=f.device)[mine]
     own_mass = ((f + g)[mine] - cost.entries(own, own)).div_(epsilon).exp_().sum(dtype=torch.float64) / n**2
@@ -183,7 +183,7 @@ def _shape_of(cost: Cost, f: Tensor, g: Tensor, epsilon: float, shards: Shards) 
         plan = plan_rows(part, tile, f_mine, g, epsilon, a[: tile.stop - tile.start], a)
         potentials += (plan @ g + plan.sum(dim=1) * f_mine[tile]).sum(dtype=torch.float64)
         objective += plan.mul_(part.rows(tile)).sum(dtype=torch.float64)
-    objective, potentials, own_mass = shards.total(torch.stack([objective, potentials, own_mass])).tolist()
+    objective, potentials, own_mass = group.total(torch.stack([objective, potentials, own_mass])).tolist()
     # log σ_ij = (f_i + g_j - C_ij)/ε - 2 log n
     entropy = 2 * math.log(n) - (potentials - objective) / epsilon
     return {"objective": objective, "entropy": entropy, "own_pair_mass": own_mass}

@@ -18,7 +18,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Shards:
+class Group:
     """The processes that solve a problem together. This one solves it alone."""
 
     rank = 0
@@ -57,10 +57,10 @@ class Shards:
         return make()
 
 
-ALONE = Shards()
+ALONE = Group()
 
 
-class DistributedShards(Shards):
+class DistributedGroup(Group):
     """The processes of a `torch.distributed` group; the default group where `None`."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from openclip_otco.ot.anderson import Anderson
 from openclip_otco.ot.cost import Cost, CostLike, DenseCost, as_cost, full_precision, held, tiles, workspaces
 from openclip_otco.ot.defaults import EPSILON
-from openclip_otco.ot.group import ALONE, Shards
+from openclip_otco.ot.group import ALONE, Group
 from openclip_otco.ot.marginals import marginals
 from openclip_otco.ot.sparse_plan import SparsePlan, feasible_duals
 
@@ -62,7 +62,7 @@ def sinkhorn(
     init: SparsePlan | SinkhornResult | Potentials | None = None,
     tol: float = 1e-3,
     max_iterations: int = 2000,
-    shards: Shards = ALONE,
+    group: Group = ALONE,
 ) -> SinkhornResult:
     """The entropic plan's potentials.
 
@@ -74,14 +74,14 @@ def sinkhorn(
             as the first half-step makes `f` from it.
         tol: L1 error of the row marginal at which to stop.
         max_iterations: at most this many pairs of half-steps; the result says whether it converged.
-        shards: the processes that solve this together. Each calls with the same arguments, takes its share of the
+        group: the processes that solve this together. Each calls with the same arguments, takes its share of the
             columns, and gets the same result.
 
     Raises:
         ValueError: `ε`, `tol` or `max_iterations` not positive; potentials of the wrong length or not finite; bad
             marginals or cost.
     """
-    return shards.attempt(lambda: _sinkhorn(cost, epsilon, a, b, init, tol, max_iterations, shards))
+    return group.attempt(lambda: _sinkhorn(cost, epsilon, a, b, init, tol, max_iterations, group))
 
 
 def _sinkhorn(
@@ -92,7 +92,7 @@ def _sinkhorn(
     init: SparsePlan | SinkhornResult | Potentials | None,
     tol: float,
     max_iterations: int,
-    shards: Shards,
+    group: Group,
 ) -> SinkhornResult:
     if not 0 < epsilon < math.inf or not tol > 0 or max_iterations < 1:
         raise ValueError(
@@ -104,11 +104,11 @@ def _sinkhorn(
     g = _start(cost, init)
     held_rows, held_cols = (torch.nonzero(mass).squeeze(1) for mass in (row_mass, col_mass))
     if (len(held_rows), len(held_cols)) == cost.shape:
-        f, g, error, iterations = _solve(cost, g, epsilon, row_mass, col_mass, tol, max_iterations, shards)
+        f, g, error, iterations = _solve(cost, g, epsilon, row_mass, col_mass, tol, max_iterations, group)
     else:
         # What holds no mass takes no part. Its potentials follow from the others'.
         part, part_mass = cost.restricted(held_rows, held_cols), (row_mass[held_rows], col_mass[held_cols])
-        f_held, g_held, error, iterations = _solve(part, g[held_cols], epsilon, *part_mass, tol, max_iterations, shards)
+        f_held, g_held, error, iterations = _solve(part, g[held_cols], epsilon, *part_mass, tol, max_iterations, group)
         f = soft_ctransform(cost, torch.zeros_like(g).index_copy_(0, held_cols, g_held), epsilon, col_mass.log())
         f.index_copy_(0, held_rows, f_held)
         g = soft_ctransform(cost.transposed(), f, epsilon, row_mass.log()).index_copy_(0, held_cols, g_held)
@@ -133,15 +133,15 @@ def nearest_potentials(
     epsilon: float,
     a: Tensor | None = None,
     b: Tensor | None = None,
-    shards: Shards = ALONE,
+    group: Group = ALONE,
 ) -> int:
     """Which of the candidate `g`, each `(m,)`, is nearest to the solution: the index of the one whose plan, after one
     half-step, has the smallest L1 error of its column marginal."""
-    return shards.attempt(lambda: _nearest_potentials(as_cost(cost), candidates, epsilon, a, b, shards))
+    return group.attempt(lambda: _nearest_potentials(as_cost(cost), candidates, epsilon, a, b, group))
 
 
 def _nearest_potentials(
-    cost: Cost, candidates: Sequence[Tensor], epsilon: float, a: Tensor | None, b: Tensor | None, shards: Shards
+    cost: Cost, candidates: Sequence[Tensor], epsilon: float, a: Tensor | None, b: Tensor | None, group: Group
 ) -> int:
     if not candidates or any(g.shape != (cost.shape[1],) for g in candidates):
         raise ValueError(
@@ -149,8 +149,8 @@ def _nearest_potentials(
             f"got {[tuple(g.shape) for g in candidates]}"
         )
     row_mass, col_mass = (mass.to(cost.dtype) for mass in marginals(cost, a, b))
-    mine = shards.part(cost.shape[0])
-    part = _Stream(cost.restricted(mine, slice(None)), epsilon, row_mass[mine], col_mass, shards)
+    mine = group.part(cost.shape[0])
+    part = _Stream(cost.restricted(mine, slice(None)), epsilon, row_mass[mine], col_mass, group)
     errors = []
     for g in candidates:
         _, next_g = part.step(g)
@@ -172,21 +172,21 @@ def _start(cost: Cost, init: SparsePlan | SinkhornResult | Potentials | None) ->
 
 
 def _solve(
-    cost: Cost, g: Tensor, epsilon: float, a: Tensor, b: Tensor, tol: float, max_iterations: int, shards: Shards
+    cost: Cost, g: Tensor, epsilon: float, a: Tensor, b: Tensor, tol: float, max_iterations: int, group: Group
 ) -> tuple[Tensor, Tensor, float, int]:
     """Potentials with exact columns, their row error and the iterations taken, from `g`; all masses are positive."""
-    if shards.count > min(cost.shape):
-        shards = ALONE  # there is not a row and a column for each of them
-    mine = shards.part(cost.shape[1])
-    part = held(cost.restricted(slice(None), mine) if shards.count > 1 else cost)
+    if group.count > min(cost.shape):
+        group = ALONE  # there is not a row and a column for each of them
+    mine = group.part(cost.shape[1])
+    part = held(cost.restricted(slice(None), mine) if group.count > 1 else cost)
     half_steps: _Kernel | _Stream
     if isinstance(part, DenseCost):
-        half_steps = _Kernel(part, g[mine], epsilon, a, b[mine], shards)
+        half_steps = _Kernel(part, g[mine], epsilon, a, b[mine], group)
         f = half_steps.rows(g[mine])
     else:
-        half_steps = _Stream(part.transposed(), epsilon, b[mine], a, shards)
-        some = cost.restricted(shards.part(cost.shape[0]), slice(None))
-        f = shards.joined(soft_ctransform(some, g, epsilon, b.log()), cost.shape[0])
+        half_steps = _Stream(part.transposed(), epsilon, b[mine], a, group)
+        some = cost.restricted(group.part(cost.shape[0]), slice(None))
+        f = group.joined(soft_ctransform(some, g, epsilon, b.log()), cost.shape[0])
     acceleration = Anderson(a)
     best = f, g[mine], math.inf
     iterations = 0
@@ -197,7 +197,7 @@ def _solve(
         if error < best[2] or iterations == 1:
             best = f, g_mine, error
         f = acceleration.next(f, next_f, error)
-    return best[0], shards.joined(best[1], cost.shape[1]), best[2], iterations
+    return best[0], group.joined(best[1], cost.shape[1]), best[2], iterations
 
 
 def _marginal_error(mass: Tensor, potential: Tensor, exact: Tensor, epsilon: float) -> float:
@@ -213,13 +213,13 @@ class _Stream:
     by how much `g` has to move.
     """
 
-    def __init__(self, cost: Cost, epsilon: float, a: Tensor, b: Tensor, shards: Shards) -> None:
-        self.cost, self.epsilon, self.a, self.b, self.shards = cost, epsilon, a, b, shards
+    def __init__(self, cost: Cost, epsilon: float, a: Tensor, b: Tensor, group: Group) -> None:
+        self.cost, self.epsilon, self.a, self.b, self.group = cost, epsilon, a, b, group
 
     def step(self, g: Tensor) -> tuple[Tensor, Tensor]:
         """The `f`, `(n,)`, that makes these rows exact beside `g`, `(m,)`, and the next `g` from all rows."""
         f, column_sums = self._half_step(g)
-        sums = self.shards.total(column_sums)
+        sums = self.group.total(column_sums)
         if bool((sums < _VANISHED * self.b).any()):
             # A column too dear for every row: its sum has underflowed, and only a logarithm of its own can tell.
             return f, self._log_domain(f, g)
@@ -241,8 +241,8 @@ class _Stream:
     def _log_domain(self, f: Tensor, g: Tensor) -> Tensor:
         mine = soft_ctransform(self.cost.transposed(), f, self.epsilon, self.a.log())
         # exp(-g/ε) adds up over the processes; about the least of them nothing overflows.
-        least = self.shards.least(mine)
-        return least - self.epsilon * self.shards.total(((least - mine) / self.epsilon).exp()).log()
+        least = self.group.least(mine)
+        return least - self.epsilon * self.group.total(((least - mine) / self.epsilon).exp()).log()
 
 
 class _Kernel:
@@ -250,17 +250,17 @@ class _Kernel:
     a one, so that products with it neither overflow nor vanish as long as potentials stay near. This process holds some
     columns, `(n, m)`, and their masses `b`."""
 
-    def __init__(self, cost: Cost, g: Tensor, epsilon: float, a: Tensor, b: Tensor, shards: Shards) -> None:
-        self.cost, self.epsilon, self.a, self.b, self.shards = cost, epsilon, a, b, shards
+    def __init__(self, cost: Cost, g: Tensor, epsilon: float, a: Tensor, b: Tensor, group: Group) -> None:
+        self.cost, self.epsilon, self.a, self.b, self.group = cost, epsilon, a, b, group
         self._centre(g)
 
     def _centre(self, g: Tensor, f: Tensor | None = None) -> None:
         """Makes the kernel about duals that are grown from `g`; where that is not finite, from `f`."""
         start = g if f is None or bool(g.isfinite().all()) else feasible_duals(self.cost.transposed(), f)[0]
         own_f, own_g = feasible_duals(self.cost, start)
-        self.f = self.shards.least(own_f)
+        self.f = self.group.least(own_f)
         # Beside the duals of all processes' rows this one's columns may have to be lower.
-        self.g = own_g if self.shards.count == 1 else feasible_duals(self.cost.transposed(), self.f)[0]
+        self.g = own_g if self.group.count == 1 else feasible_duals(self.cost.transposed(), self.f)[0]
         self.kernel = self._filled()
 
     def _filled(self) -> Tensor:
@@ -276,7 +276,7 @@ class _Kernel:
     def rows(self, g: Tensor) -> Tensor:
         """The `f`, `(n,)`, that makes the rows exact beside `g`, `(m,)`, about which the kernel was made."""
         scaling = ((g - self.g) / self.epsilon).exp()
-        sums = self.shards.total(torch.mv(self.kernel, self.b * scaling))
+        sums = self.group.total(torch.mv(self.kernel, self.b * scaling))
         return self.f - self.epsilon * sums.log()
 
     def step(self, f: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,7 +294,7 @@ class _Kernel:
         unsafe = (weight.amax() > math.exp(_ABSORB)) | ~(columns.amin() >= _VANISHED)
         rows = torch.mv(self.kernel, self.b / columns)
         # With the sums goes word of whether a process has to make its kernel anew, which all have to do together.
-        sums = self.shards.total(torch.cat([rows, unsafe[None].to(rows.dtype)]))
+        sums = self.group.total(torch.cat([rows, unsafe[None].to(rows.dtype)]))
         rows_, unsafe = sums[:-1], sums[-1]
         safe = bool((unsafe == 0) & (rows_.amin() >= _VANISHED))
         return self.g - self.epsilon * columns.log(), self.f - self.epsilon * rows_.log(), safe

@@ -146,18 +146,18 @@ class PlanCacheCallback:
 
     def on_load_checkpoint(self, state: Mapping[str, Any] | None) -> None:
         """Takes up a saved state if all ranks have the same one; else the cache starts empty, and a line says so."""
-        shards = self.solver.shards
+        group = self.solver.group
         try:
             # Ranks of different plans or windows would part in their losses, or wait for each other.
-            mine = shards.attempt(lambda: self._take_up(state))
-            first = shards.first(lambda: mine.clone(), torch.zeros_like(mine))
-            shards.attempt(lambda: _check_equal(mine, first))
+            mine = group.attempt(lambda: self._take_up(state))
+            first = group.first(lambda: mine.clone(), torch.zeros_like(mine))
+            group.attempt(lambda: _check_equal(mine, first))
         except Exception as error:  # of another version, or broken: the weights are worth more than the plans
             self.cache.clear()
             self.window.clear()
             self.made = self.skipped = self.steps = self.acted = 0
             if self.master:
-                usable = "not usable" if shards.count == 1 else "not usable on all ranks"
+                usable = "not usable" if group.count == 1 else "not usable on all ranks"
                 reason = f"{type(error).__name__}: {error}"
                 logging.warning(f"=> OTCO state in the checkpoint is {usable}, starting with an empty one. {reason}")
             return
@@ -206,14 +206,14 @@ class PlanCacheCallback:
 
     def _make_plan(self, step: int) -> TransportPlan:
         # It ends on all ranks as it ends on one: a plan that one of them lacks would part their losses.
-        plan = self.solver.shards.attempt(
+        plan = self.solver.group.attempt(
             lambda: self.solver.solve(*self._window_features(), step=step, previous=self.cache.newest)
         )
         self.window.clear()
         self.made += 1
         self.cache.add(plan)
         if logging.getLogger().isEnabledFor(logging.DEBUG):
-            logging.debug(f"OTCO Plan: digest {plan.digest()} at step {step} on rank {self.solver.shards.rank}")
+            logging.debug(f"OTCO Plan: digest {plan.digest()} at step {step} on rank {self.solver.group.rank}")
         return plan
 
     def _window_features(self) -> tuple[Tensor, Tensor]:

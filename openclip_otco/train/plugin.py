@@ -10,7 +10,7 @@ from openclip_otco.method.solver import COUPLINGS, INITIAL_PLANS, PlanSolver
 from openclip_otco.method.weights import NEGATIVES
 from openclip_otco.models.registry import check_model, model_configs, prepare_model, register_models
 from openclip_otco.ot.defaults import ADDITIVE_ERROR, EPSILON
-from openclip_otco.ot.group import ALONE, DistributedShards
+from openclip_otco.ot.group import ALONE, DistributedGroup
 from openclip_otco.train.callback import PlanCacheCallback
 from openclip_otco.train.options import (
     Option,
@@ -133,7 +133,7 @@ class OTCOPlugin:
                     additive_error=args.otco_additive_error,
                     seed=args.seed,
                     coupling=args.otco_coupling,
-                    shards=DistributedShards() if args.world_size > 1 else ALONE,
+                    group=DistributedGroup() if args.world_size > 1 else ALONE,
                 ),
                 plans_per_step=args.otco_plans_per_step,
                 warmup=args.otco_warmup,
