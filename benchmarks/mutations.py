@@ -73,7 +73,7 @@ MUTANTS = [
            "tests/test_scenes.py"),
     Mutant("study/table.py", "intervals are normal, not Student's", "float(student_t.ppf(0.975, len(values) - 1))",
            "1.96", "tests/test_study.py"),
-    Mutant("study/results.py", "results are written in place", "os.replace(part, path)",
+    Mutant("files.py", "results are written in place", "os.replace(part, path)",
            'path.write_text(text, encoding="utf-8")', "tests/test_study.py tests/test_pages.py"),
     Mutant("pages/page.py", "captions are not escaped", "autoescape=True", "autoescape=False", "tests/test_pages.py"),
     Mutant("ot/anderson.py", "steps that hardly differ may ask for any share", "_LARGEST_SHARE = 1e4",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import shutil
 import sys
@@ -12,11 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from openclip_otco.audit import table
 from openclip_otco.audit.pairs import Cursor
 from openclip_otco.audit.two_groups import WrongShare
 from openclip_otco.errors import UserError
-from openclip_otco.study.results import write_text
+from openclip_otco.files import locked, write_text
 
 # Goes up whenever the same settings begin to give other parts.
 _VERSION = 3
@@ -61,16 +62,14 @@ class AuditFolder:
             if self._holds_other_files():
                 raise UserError(f"--out {self.path}: holds something that is no audit; name a new folder")
             self._parts.mkdir(parents=True, exist_ok=True)
-            with _locked(self._all_parts / ".state.lock"):
+            with locked(self._all_parts / ".state"):
                 self._claim(state)
-            with open(self._parts / ".lock", "a") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise UserError(f"--out {self.path}: another audit is at work in it; wait for its end") from None
+            with FileLock(self._parts / ".lock").acquire(blocking=False):
                 self._drop_broken()
                 with self._failure_noted():
                     yield
+        except Timeout:
+            raise UserError(f"--out {self.path}: another audit is at work in it; wait for its end") from None
         except OSError as error:
             raise UserError(f"--out {self.path}: cannot be used: {error}") from error
 
@@ -189,10 +188,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, UserError | UserError):
         return line
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

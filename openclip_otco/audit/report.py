@@ -17,8 +17,8 @@ from openclip_otco.audit.settings import CleanSettings
 from openclip_otco.audit.source import Source
 from openclip_otco.audit.two_groups import WrongShare, overall_share
 from openclip_otco.errors import UserError
+from openclip_otco.files import write_text
 from openclip_otco.pages.gallery import Estimate, Suspect, write_gallery
-from openclip_otco.study.results import write_text
 
 TABLE, GALLERY, FACTS = "audit.parquet", "gallery.html", "audit.json"
 # Number of bars in the histogram of probabilities.

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         found = evaluate(args)
         if args.out is not None:
-            from openclip_otco.study.results import write_text
+            from openclip_otco.files import write_text
 
             try:
                 write_text(args.out, json.dumps(found, indent=1) + "\n")

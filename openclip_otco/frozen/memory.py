@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from openclip_otco.files import locked
 from openclip_otco.frozen.save import save_tensors
-from openclip_otco.lock import alone
 
 # Features of 200,000 images of 1,280 numbers each. Random views are never asked for again, and must not fill a disk.
 MOST_BYTES = 1 << 30
@@ -83,7 +83,7 @@ class FeatureMemory:
             self._worth_keeping.update(self._rows)
         if len(self._worth_keeping) == self._saved:
             return
-        with alone(self.path):
+        with locked(self.path):
             kept = {**_read(self.path), **{key: row for key, row in self._rows.items() if key in self._worth_keeping}}
             rows = list(kept.items())[-self._most_rows(next(iter(kept.values()))) :]
             keys = torch.frombuffer(bytearray(b"".join(key for key, _ in rows)), dtype=torch.uint8)

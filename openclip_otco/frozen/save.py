@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from openclip_otco.files import written_whole
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -18,13 +18,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     Raises:
         OSError: it cannot be written; the message names the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
-        partial = Path(folder, path.name)
+    with written_whole(path) as partial:
         try:
             save_file(
                 {name: tensor.contiguous() for name, tensor in tensors.items()}, str(partial), dict(metadata or {})
             )
         except SafetensorError as error:  # also of a full disk
             raise OSError(f"{path} cannot be written: {error}") from error
-        os.replace(partial, path)

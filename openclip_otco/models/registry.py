@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from openclip_otco.lock import alone
+from openclip_otco.files import locked
 from openclip_otco.models.bert_tiny import broken_file, make_bert_tiny, recipe, whole_safetensors
 from openclip_otco.models.pretrained import PRETRAINED_TOWERS
 
@@ -121,7 +121,7 @@ def prepare_model(name: str) -> None:
             continue
         try:
             # One rank makes it, the others wait.
-            with alone(Path(tower)):
+            with locked(Path(tower)):
                 if broken(tower) is not None:
                     makers[tower]()
         except OSError as error:

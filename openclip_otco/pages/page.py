@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from openclip_otco.study.results import write_text
+from openclip_otco.files import write_text
 
 _ASSETS = files("openclip_otco.pages").joinpath("assets")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from openclip_otco.errors import UserError
+from openclip_otco.files import write_text
 from openclip_otco.study import results, table
 from openclip_otco.study.reliability import reliability_picture
 from openclip_otco.study.results import Result, standard
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     """`openclip-otco results`: writes the page; 2 where it cannot be made."""
     try:
         out = args.out or args.folder.with_suffix(".md")
-        results.write_text(out, page(args.folder, args.figures, args.template))
+        write_text(out, page(args.folder, args.figures, args.template))
     except (UserError, OSError) as error:
         print(f"openclip-otco results: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,6 @@
 """Results of runs: what a finished run leaves, and the file that holds a line for each."""
 
 import json
-import os
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -9,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from openclip_otco.errors import UserError
+from openclip_otco.files import write_text
 from openclip_otco.study.log import rsum
 from openclip_otco.study.study import Flags
 from openclip_otco.version import __version__
@@ -60,18 +60,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader, or a kill half-way, meets the old file or the new one."""
-    part = path.with_name(f"{path.name}.part")
-    # In a folder from a stranger it may lie there already, as a link to elsewhere.
-    part.unlink(missing_ok=True)
-    with part.open("x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def line(result: Result) -> str:
