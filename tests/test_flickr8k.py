@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from webdataset.writer import TarWriter
 
+from openclip_otco.data import flickr8k
 from openclip_otco.errors import UserError
-from openclip_otco.study import flickr8k, shards
+from openclip_otco.study import shards
 from openclip_otco.study.mismatch import mismatch
 from openclip_otco.study.study import DataSetting, Flickr8k, load
 

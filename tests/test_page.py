@@ -11,8 +11,8 @@ import pytest
 import scipy.stats
 
 from openclip_otco import cli
+from openclip_otco.runs.train_log import RECALLS
 from openclip_otco.study import results
-from openclip_otco.study.log import RECALLS
 from openclip_otco.study.page import TEMPLATE, Spread, StudyResults, page
 from openclip_otco.study.reliability import reliability_figure
 from openclip_otco.study.results import Result

@@ -23,7 +23,8 @@ from webdataset.shardlists import expand_urls
 
 from openclip_otco.data.samples import several_captions
 from openclip_otco.errors import UserError
-from openclip_otco.study import child, compare, figure, log, progress, results, shards, table
+from openclip_otco.runs import train_log
+from openclip_otco.study import child, compare, figure, progress, results, shards, table
 from openclip_otco.study import run as study_run
 from openclip_otco.study.mismatch import mismatch
 from openclip_otco.study.run import RunFailed, runs
@@ -720,16 +721,16 @@ TAIL = "LR: 0.000500 Logit Scale: 14.2 Contrastive_loss: 4.85 (4.85) Loss: 4.85 
     [
         (
             f"{HEAD}Train Epoch: 0 [ 512/5120 (10%)] Data (t): 0.093 Batch (t): 0.463, 276.3/s, 276.3/s/gpu {TAIL}",
-            log.TrainLine(0, 512, 5120, 0.463),
+            train_log.TrainLine(0, 512, 5120, 0.463),
         ),
         (
             f"{HEAD}Train Epoch: 11 [5120/5120 (100%)] Data (t): 0.001 Batch (t): 12.004, 10.66/s, 10.66/s/gpu {TAIL}",
-            log.TrainLine(11, 5120, 5120, 12.004),
+            train_log.TrainLine(11, 5120, 5120, 12.004),
         ),
         # Accumulation of 4 batches of 128 that do not divide the epoch.
         (
             f"{HEAD}Train Epoch: 2 [ 4608/5000 (100%)] Data (t): 0.010 Batch (t): 1.852, 276.4/s, 276.4/s/gpu {TAIL}",
-            log.TrainLine(2, 4608, 5000, 1.852),
+            train_log.TrainLine(2, 4608, 5000, 1.852),
         ),
         (f"{HEAD}Eval Epoch: 1 [128 / 1000]\tClip Loss: 4.851234\t", None),
         (f"{HEAD}Start epoch 3", None),
@@ -737,7 +738,7 @@ TAIL = "LR: 0.000500 Logit Scale: 14.2 Contrastive_loss: 4.85 (4.85) Loss: 4.85 
     ],
 )
 def test_train_line(line, expected):
-    assert log.train_line(line) == expected
+    assert train_log.train_line(line) == expected
 
 
 def test_eval_line():
@@ -747,8 +748,8 @@ def test_eval_line():
         "text_to_image_mean_rank: 50.1000\ttext_to_image_median_rank: 19.0000\ttext_to_image_R@1: 0.1100\t"
         "text_to_image_R@5: 0.2600\ttext_to_image_R@10: 0.3700\tclip_val_loss: 3.1000\tepoch: 1.0000\t"
     )
-    assert log.eval_rsum(line) == pytest.approx(145.0)
-    assert log.eval_rsum(line.replace("text_to_image_R@5", "other")) is None
+    assert train_log.eval_rsum(line) == pytest.approx(145.0)
+    assert train_log.eval_rsum(line.replace("text_to_image_R@5", "other")) is None
 
 
 @pytest.mark.parametrize(
@@ -763,12 +764,12 @@ def test_eval_line():
     ],
 )
 def test_device(line, device):
-    assert log.device(HEAD + line) == device
+    assert train_log.device(HEAD + line) == device
 
 
 def test_timer_of_a_run_that_logs_once():
-    timer = log.StepTimer()
-    timer.add(log.TrainLine(0, 128, 128, 0.9))
+    timer = train_log.StepTimer()
+    timer.add(train_log.TrainLine(0, 128, 128, 0.9))
     assert timer.seconds_per_step is None
 
 
@@ -788,7 +789,7 @@ def test_progress_shows_run_share_time_left_and_rsum(home, monkeypatch, stream):
     shown = progress.Progress([first, second], stream)
     shown.start(first)
     shown.watch(first, f"{HEAD}Train Epoch: 2 [1280/1280 (100%)] Data (t): 0.1 Batch (t): 0.5, 1/s, 1/s/gpu {TAIL}")
-    recalls = "\t".join(f"{recall}: 0.5000" for recall in log.RECALLS)
+    recalls = "\t".join(f"{recall}: 0.5000" for recall in train_log.RECALLS)
     shown.watch(first, f"{HEAD}Eval Epoch: 3 {recalls}")
     text = stream.getvalue()
     # The second run's size is unknown and taken for that of the first: 3 of 6 epochs are done.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openclip_otco.study import log
+from openclip_otco.runs import train_log
 
 Curve = dict[int, float]
 
@@ -128,7 +128,7 @@ def _rsum(path: Path) -> Curve:
     for line in _whole_lines(path):
         try:
             metrics = json.loads(line)
-            found[int(metrics["epoch"])] = log.rsum(metrics)
+            found[int(metrics["epoch"])] = train_log.rsum(metrics)
         except (ValueError, KeyError, TypeError):
             continue  # not of retrieval, or torn
     return found

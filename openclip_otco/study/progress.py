@@ -8,7 +8,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from openclip_otco.study import log
+from openclip_otco.runs import train_log
 from openclip_otco.study.run import Run
 
 _PLAIN_SECONDS = 15
@@ -40,11 +40,11 @@ class Progress:
 
     def watch(self, run: Run, line: str) -> None:
         """Follow a line of output of `run`."""
-        if (progress := log.train_line(line)) is not None:
+        if (progress := train_log.train_line(line)) is not None:
             # What OpenCLIP counts is exact (it drops or repeats part of a batch), and new where nothing told the size.
             self._samples[run.name] = self._guess = progress.samples_per_epoch * run.epochs
             self._done[run.name] = progress.epoch * progress.samples_per_epoch + progress.samples
-        elif (rsum := log.eval_rsum(line)) is not None:
+        elif (rsum := train_log.eval_rsum(line)) is not None:
             self._running[run.name] = rsum
         else:
             return

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from openclip_otco.errors import UserError
 from openclip_otco.files import write_text
-from openclip_otco.study.log import rsum
+from openclip_otco.runs.train_log import rsum
 from openclip_otco.study.study import Flags
 from openclip_otco.version import __version__
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from openclip_otco.data.samples import several_captions
-from openclip_otco.study import log, results, shards
+from openclip_otco.runs import train_log
+from openclip_otco.study import results, shards
 from openclip_otco.study.child import Launcher
 from openclip_otco.study.results import Result
 from openclip_otco.study.study import DataSetting, Flags, Loss, Study, arguments
@@ -117,14 +118,14 @@ class Run:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         started = time.monotonic()
-        timer, device, tail = log.StepTimer(), None, deque[str](maxlen=TAIL_LINES)
+        timer, device, tail = train_log.StepTimer(), None, deque[str](maxlen=TAIL_LINES)
 
         def follow(line: str) -> None:
             nonlocal device
             tail.append(line.rstrip("\n"))
-            if (progress := log.train_line(line)) is not None:
+            if (progress := train_log.train_line(line)) is not None:
                 timer.add(progress)
-            device = device or log.device(line)
+            device = device or train_log.device(line)
             watch(line)
 
         code = await launcher.run(self.command(trainer), self.folder / "output.log", follow)
@@ -156,7 +157,7 @@ class Run:
         try:
             text = (self.folder / "checkpoints" / "results.jsonl").read_text(encoding="utf-8")
             epochs = [json.loads(line) for line in text.splitlines()]
-            sums = {int(metrics["epoch"]): log.rsum(metrics) for metrics in epochs}
+            sums = {int(metrics["epoch"]): train_log.rsum(metrics) for metrics in epochs}
         except (OSError, ValueError, KeyError) as error:
             raise RunFailed(f"no retrieval results ({error!r}); is there validation data?", tail) from error
         # The script ends with exit code 0 after some of its errors, so only the last epoch proves the end.

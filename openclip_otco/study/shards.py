@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from openclip_otco.data import flickr8k
 from openclip_otco.errors import UserError
-from openclip_otco.study import flickr8k
 from openclip_otco.study.study import DataSetting, Flags, Flickr8k, arguments
 
 # Stands for the study's output folder in the flags of a run, so that they name no path of one machine.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from scipy.stats import t as student_t
 
-from openclip_otco.study.log import RECALLS
+from openclip_otco.runs.train_log import RECALLS
 from openclip_otco.study.mismatch import mismatch
 from openclip_otco.study.results import Result, standard
 from openclip_otco.study.study import DataSetting, Study
