@@ -12,15 +12,16 @@ from openclip_otco.version import __version__
 
 if TYPE_CHECKING:
     from openclip_otco.evaluate.retriever import CalibratedRetriever
-    from openclip_otco.method.cache import FeatureWindow, PlanCache
+    from openclip_otco.method.cache import PlanCache
     from openclip_otco.method.loss import OTCOLoss
     from openclip_otco.method.plan import TransportPlan
     from openclip_otco.method.solver import PlanSolver
+    from openclip_otco.method.window import FeatureWindow
     from openclip_otco.train.callback import PlanCacheCallback
 
 _HOME = {
     "CalibratedRetriever": "evaluate.retriever",
-    "FeatureWindow": "method.cache",
+    "FeatureWindow": "method.window",
     "OTCOLoss": "method.loss",
     "PlanCache": "method.cache",
     "PlanCacheCallback": "train.callback",

@@ -17,9 +17,10 @@ from forks import PATIENCE, start_ranks
 
 import openclip_otco
 from openclip_otco.method import solver
-from openclip_otco.method.cache import FeatureWindow, PlanCache
+from openclip_otco.method.cache import PlanCache
 from openclip_otco.method.loss import Features, OTCOLoss
 from openclip_otco.method.solver import PlanSolver
+from openclip_otco.method.window import FeatureWindow
 from openclip_otco.ot import CosineCost, nearest_potentials, sinkhorn
 from openclip_otco.ot import cost as cost_module
 from openclip_otco.ot.group import ALONE, DistributedGroup, Group

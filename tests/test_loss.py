@@ -18,8 +18,8 @@ from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 from openclip_otco import OTCOLoss, PlanSolver, TransportPlan
-from openclip_otco.method.loss import TRUSTS, Features, tempered
-from openclip_otco.method.weights import log_negative_weights
+from openclip_otco.method.loss import TRUSTS, Features
+from openclip_otco.method.weights import log_negative_weights, tempered
 
 SCALE = torch.tensor(14.2857)
 

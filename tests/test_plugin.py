@@ -13,7 +13,7 @@ import warnings
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_captions import write_shard
+from test_shard_check import write_shard
 
 from openclip_otco import FeatureWindow, OTCOLoss, PlanCache, PlanCacheCallback, PlanSolver
 from openclip_otco.models.registry import register_models

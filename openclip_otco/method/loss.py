@@ -14,14 +14,12 @@ from torch import Tensor
 
 from openclip_otco.method.plan import Potentials, TransportPlan
 from openclip_otco.method.posterior import log_posterior, matched_share
-from openclip_otco.method.weights import NEGATIVES, log_negative_weights
+from openclip_otco.method.weights import NEGATIVES, log_negative_weights, tempered
 from openclip_otco.ot import sinkhorn_divergence
 from openclip_otco.ot.defaults import EPSILON
 
 # What trust in a pair is: the probability that it is matched, or the method's plan confidence.
 TRUSTS = ("posterior", "share")
-# Steps of the grid of powers that tempering chooses from.
-_POWERS = 64
 
 
 class Features(NamedTuple):
@@ -325,21 +323,3 @@ class OTCOLoss(ClipLoss):
             plan.transport_image(pairs.images, own[1]).to(pairs.images.dtype),
             plan.transport_text(pairs.texts, own[0]).to(pairs.texts.dtype),
         )
-
-
-def tempered(log_trust: Tensor, power: float, least_share: float) -> tuple[Tensor, Tensor]:
-    """Weights `c ∝ exp(γ' · log_trust)`, `(n,)`, mean 1, and their effective share `(Σc)²/(n Σc²)`.
-
-    `γ'` is the largest power up to `power` whose effective share is at least `least_share`: the choice of a tempering
-    exponent by effective sample size (Jasra, Stephens, Doucet, Tsagaris, *Inference for Lévy-driven stochastic
-    volatility models via adaptive sequential Monte Carlo*, Scandinavian Journal of Statistics 38, 2011), on a grid.
-    """
-    if not least_share:
-        weights = torch.softmax(power * log_trust, dim=0) * len(log_trust)
-        return weights, weights.square().mean().reciprocal()
-    powers = power * torch.linspace(0, 1, _POWERS + 1, device=log_trust.device, dtype=log_trust.dtype)
-    weights = torch.softmax(powers[:, None] * log_trust, dim=1) * len(log_trust)
-    shares = weights.square().mean(dim=1).reciprocal()
-    # At power 0 the share is 1, so that one of them always qualifies.
-    best = torch.arange(len(powers), device=shares.device).where(shares >= least_share, 0).amax()
-    return weights[best], shares[best]

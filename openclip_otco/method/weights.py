@@ -1,4 +1,4 @@
-"""Weights of negatives: how much each caption that is not an image's own counts against it, and the reverse."""
+"""Weights: how much each pair counts in the loss, and how much each negative counts against a pair."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-# What the weights are made of: the newest plan's density, or the similarity alone, to compare with.
+# What the weights of negatives are made of: the newest plan's density, or the similarity alone, to compare with.
 NEGATIVES = ("plan", "similarity", "none")
+# Steps of the grid of powers that tempering chooses from.
+_POWERS = 64
 
 
 def log_negative_weights(similarity: Tensor, own: Tensor, power: float, potential: Tensor | None = None) -> Tensor:
@@ -38,3 +40,21 @@ def log_negative_weights(similarity: Tensor, own: Tensor, power: float, potentia
             weights += power * potential
         log_weights = weights.scatter_(1, own[:, None], -torch.inf).log_softmax(dim=1).add_(math.log(columns - 1))
         return log_weights.scatter_(1, own[:, None], 0.0)
+
+
+def tempered(log_trust: Tensor, power: float, least_share: float) -> tuple[Tensor, Tensor]:
+    """Weights `c ∝ exp(γ' · log_trust)`, `(n,)`, mean 1, and their effective share `(Σc)²/(n Σc²)`.
+
+    `γ'` is the largest power up to `power` whose effective share is at least `least_share`: the choice of a tempering
+    exponent by effective sample size (Jasra, Stephens, Doucet, Tsagaris, *Inference for Lévy-driven stochastic
+    volatility models via adaptive sequential Monte Carlo*, Scandinavian Journal of Statistics 38, 2011), on a grid.
+    """
+    if not least_share:
+        weights = torch.softmax(power * log_trust, dim=0) * len(log_trust)
+        return weights, weights.square().mean().reciprocal()
+    powers = power * torch.linspace(0, 1, _POWERS + 1, device=log_trust.device, dtype=log_trust.dtype)
+    weights = torch.softmax(powers[:, None] * log_trust, dim=1) * len(log_trust)
+    shares = weights.square().mean(dim=1).reciprocal()
+    # At power 0 the share is 1, so that one of them always qualifies.
+    best = torch.arange(len(powers), device=shares.device).where(shares >= least_share, 0).amax()
+    return weights[best], shares[best]

@@ -11,10 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from openclip_otco.method.cache import FeatureWindow, PlanCache
+from openclip_otco.method.cache import PlanCache
 from openclip_otco.method.loss import OTCOLoss
 from openclip_otco.method.plan import TransportPlan
 from openclip_otco.method.solver import PlanSolver
+from openclip_otco.method.window import FeatureWindow
 
 
 class ScalarWriter(Protocol):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from openclip_otco.method.cache import FeatureWindow, PlanCache
+from openclip_otco.method.cache import PlanCache
 from openclip_otco.method.loss import TRUSTS, OTCOLoss
 from openclip_otco.method.solver import COUPLINGS, INITIAL_PLANS, PlanSolver
 from openclip_otco.method.weights import NEGATIVES
+from openclip_otco.method.window import FeatureWindow
 from openclip_otco.models.registry import check_model, model_configs, prepare_model, register_models
 from openclip_otco.ot.defaults import ADDITIVE_ERROR, EPSILON
 from openclip_otco.ot.group import ALONE, DistributedGroup
