@@ -1,6 +1,6 @@
 """Peak memory of `openclip-otco audit` above what it is with the model loaded, for pictures of 1.5 MB each.
 
-`python benchmarks/audit_memory.py FILE.json`. The shard is a pipe of one noisy JPEG, each time with other bytes behind
+`python benchmarks/audit_memory.py FILE.jsonl`. The shard is a pipe of one noisy JPEG, each time with other bytes behind
 its end, so that nothing of it lies on the disk. `--synthetic` takes made-up features of 64 numbers in place of pictures
 and a model, so that a million pairs take minutes: what is left is the audit's own. Memory is the proportional set size
 (Linux: shared pages are counted once) of this process and of all that it started, the pipe aside.
@@ -99,7 +99,7 @@ def main() -> None:
         parser.error("name the file for the result")
 
     found = synthetic(args) if args.synthetic else with_pictures(args)
-    args.json.write_text(json.dumps(found, indent=1) + "\n")
+    args.json.write_text(json.dumps(found) + "\n")
     print(json.dumps(found, indent=1))
 
 
