@@ -93,7 +93,7 @@ MUTANTS = [
            ".where(shares >= 0.9 * least_share, 0)", "tests/test_loss.py"),
     Mutant("method/loss.py", "the window gets features with their graphs",
            "Features(everyone.images.detach(), everyone.texts.detach())", "everyone", "tests/test_loss.py"),
-    Mutant("patching.py", "two processes patch at once", "fcntl.flock(file, fcntl.LOCK_EX)", "pass",
+    Mutant("patch/installation.py", "two processes patch at once", "fcntl.flock(file, fcntl.LOCK_EX)", "pass",
            "tests/test_patching.py"),
 ]  # fmt: skip
 

@@ -11,7 +11,7 @@ from openclip_otco.version import __version__
 # OpenCLIP's. Only that of the chosen command is imported, because patching has to work without torch.
 COMMANDS = {
     "train": ("openclip_otco.train.launch", "OpenCLIP's training script, after a look whether it has OTCO's losses"),
-    "patch": ("openclip_otco.patching", "give OpenCLIP's training script its plugin point, or take it away again"),
+    "patch": ("openclip_otco.patch.command", "give OpenCLIP's training script its plugin point, or take it away again"),
     "scenes": ("openclip_otco.scenes.shards", "render pairs of a scene and its caption as webdataset shards"),
     "evaluate": ("openclip_otco.evaluate.command", "measure retrieval and zero-shot classification of a checkpoint"),
     "inspect": (

@@ -23,30 +23,30 @@ import torch
 from forks import PATIENCE, Fork, Forks
 from PIL import Image
 
-from openclip_otco import patching
+from openclip_otco.patch import diff, installation
 
 MODEL = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
-VERSION = importlib.metadata.version(patching.DISTRIBUTION)
+VERSION = importlib.metadata.version(installation.DISTRIBUTION)
 
 
 def copy_package(source: Path, folder: Path) -> Path:
     """Copies the package from one folder into another, and returns that."""
     ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(source / patching.PACKAGE, folder / patching.PACKAGE, ignore=ignored)
+    shutil.copytree(source / diff.PACKAGE, folder / diff.PACKAGE, ignore=ignored)
     return folder
 
 
 @pytest.fixture(scope="session")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the installed package as OpenCLIP made it."""
-    installed = patching.status()
+    installed = installation.status()
     assert installed.folder is not None
     folder = copy_package(installed.folder, tmp_path_factory.mktemp("original"))
-    patching.revert(folder, VERSION)
+    installation.revert(folder, VERSION)
     return folder
 
 
@@ -54,7 +54,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def patched(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the patched package."""
     folder = copy_package(original, tmp_path_factory.mktemp("patched"))
-    patching.apply(folder, VERSION)
+    installation.apply(folder, VERSION)
     return folder
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from hook_fixtures import VERSION, Lab, copy_package
 
-from openclip_otco import cli, patching
+from openclip_otco import cli
+from openclip_otco.patch import installation
 from openclip_otco.train import launch
 
 OTCO = "otco = openclip_otco.train.plugin:OTCOPlugin"
@@ -90,7 +91,7 @@ def test_status_tells_of_the_copy_in_the_working_directory(
     monkeypatch.setenv("PYTHONSAFEPATH", "1")  # then Python does not look there
     assert cli.main(["patch", "--status"]) == 0
     monkeypatch.delenv("PYTHONSAFEPATH")
-    patching.apply(checkout, VERSION)
+    installation.apply(checkout, VERSION)
     assert cli.main(["patch", "--status"]) == 0
 
 
@@ -145,15 +146,15 @@ def test_the_script_gets_the_same_arguments_and_its_failure_is_a_failure(
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (patching.State.UNSUPPORTED, "there is no patch for version 9.9.9: install open_clip_torch"),
-        (patching.State.MODIFIED, "openclip-otco patch --status says what to do"),
-        (patching.State.NOT_INSTALLED, "is not installed: pip install 'open_clip_torch[training]'"),
+        (installation.State.UNSUPPORTED, "there is no patch for version 9.9.9: install open_clip_torch"),
+        (installation.State.MODIFIED, "openclip-otco patch --status says what to do"),
+        (installation.State.NOT_INSTALLED, "is not installed: pip install 'open_clip_torch[training]'"),
     ],
 )
 def test_what_cannot_be_patched_names_the_cure(
-    monkeypatch: pytest.MonkeyPatch, state: patching.State, message: str
+    monkeypatch: pytest.MonkeyPatch, state: installation.State, message: str
 ) -> None:
-    monkeypatch.setattr(patching, "status", lambda: patching.Status(state, "9.9.9", Path("/nowhere"), {}))
+    monkeypatch.setattr(installation, "status", lambda: installation.Status(state, "9.9.9", Path("/nowhere"), {}))
     found = launch.problem()
     assert found is not None
     assert message in found

@@ -20,8 +20,10 @@ from hook_fixtures import VERSION, copy_package, original, patched  # noqa: F401
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openclip_otco import cli, patching
-from openclip_otco.patching import NO_FILE, PatchError, State
+from openclip_otco import cli
+from openclip_otco.patch import diff, installation
+from openclip_otco.patch.diff import NO_FILE, PatchError
+from openclip_otco.patch.installation import State
 
 Content = dict[str, bytes]
 
@@ -41,10 +43,10 @@ def package(original: Path, tmp_path: Path) -> Path:  # noqa: F811
 def wheels(original: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:  # noqa: F811
     """A folder with the unpatched package for each supported version that can be had."""
     found = {VERSION: original}
-    for version in patching.supported_versions():
+    for version in installation.supported_versions():
         if version not in found:
             folder = tmp_path_factory.mktemp(f"wheel-{version}")
-            what = f"{patching.DISTRIBUTION}=={version}"
+            what = f"{installation.DISTRIBUTION}=={version}"
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(folder), what]
             if subprocess.run(command, capture_output=True, timeout=300).returncode == 0:
                 zipfile.ZipFile(next(folder.glob("*.whl"))).extractall(folder)
@@ -52,50 +54,52 @@ def wheels(original: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return found
 
 
-@pytest.mark.parametrize("version", patching.supported_versions())
+@pytest.mark.parametrize("version", installation.supported_versions())
 def test_round_trip(version: str, wheels: dict[str, Path], tmp_path: Path) -> None:
     if version not in wheels:
         pytest.skip(f"open_clip_torch {version} can not be downloaded here")
     folder = copy_package(wheels[version], tmp_path / "package")
     before = content(folder)
-    assert patching.status(folder, version).state is State.UNPATCHED
+    assert installation.status(folder, version).state is State.UNPATCHED
 
-    changed = patching.apply(folder, version)
+    changed = installation.apply(folder, version)
     after = content(folder)
     names = {path.relative_to(folder).as_posix() for path in changed}
     assert names == {name for name in after if after[name] != before.get(name)}
-    assert patching.status(folder, version).state is State.PATCHED
-    for patch in patching.load_patch(version):
-        assert patching.blob_id(before.get(patch.path)) == patch.old_id
-        assert patching.blob_id(after[patch.path]) == patch.new_id
+    assert installation.status(folder, version).state is State.PATCHED
+    for patch in installation.load_patch(version):
+        assert diff.blob_id(before.get(patch.path)) == patch.old_id
+        assert diff.blob_id(after[patch.path]) == patch.new_id
         # OpenCLIP supports Python 3.9, and the patch is about plugins in general.
         ast.parse(after[patch.path], feature_version=(3, 9))
         assert b"otco" not in after[patch.path].lower()
 
-    assert patching.apply(folder, version) == []
+    assert installation.apply(folder, version) == []
     assert content(folder) == after
-    assert patching.revert(folder, version) == changed
+    assert installation.revert(folder, version) == changed
     assert content(folder) == before
-    assert patching.revert(folder, version) == []
-    patching.apply(folder, version)
+    assert installation.revert(folder, version) == []
+    installation.apply(folder, version)
     assert content(folder) == after
 
 
-@pytest.mark.parametrize("version", patching.supported_versions())
+@pytest.mark.parametrize("version", installation.supported_versions())
 def test_git_gives_the_same_bytes(version: str, wheels: dict[str, Path], tmp_path: Path) -> None:
     if version not in wheels or shutil.which("git") is None:
         pytest.skip(f"needs git and open_clip_torch {version}")
     ours = copy_package(wheels[version], tmp_path / "ours")
     theirs = copy_package(wheels[version], tmp_path / "theirs" / "src")
-    patching.apply(ours, version)
-    file = Path(str(patching.resources.files("openclip_otco.patches"))) / f"open_clip_train-{version}.patch"
+    installation.apply(ours, version)
+    file = Path(str(installation.resources.files("openclip_otco.patches"))) / f"open_clip_train-{version}.patch"
     subprocess.run(["git", "apply", str(file.resolve())], cwd=theirs.parent, check=True)
     assert content(ours) == content(theirs)
 
 
 def test_the_plugin_module_is_the_same_in_all_patches() -> None:
     """Or an upgrade of OpenCLIP, which leaves the file behind, could not be patched again."""
-    ids = {p.new_id for v in patching.supported_versions() for p in patching.load_patch(v) if p.old_id == NO_FILE}
+    ids = {
+        p.new_id for v in installation.supported_versions() for p in installation.load_patch(v) if p.old_id == NO_FILE
+    }
     assert len(ids) == 1
 
 
@@ -103,13 +107,13 @@ def test_modes_are_kept(package: Path) -> None:
     folder = package / "open_clip_train"
     for path in folder.iterdir():
         path.chmod(0o664)
-    patching.apply(package, VERSION)
+    installation.apply(package, VERSION)
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o664}
 
 
 def test_partial_is_completed_either_way(package: Path, patched: Path) -> None:  # noqa: F811
     before, after = content(package), content(patched)
-    for finish, expected in ((patching.apply, after), (patching.revert, before)):
+    for finish, expected in ((installation.apply, after), (installation.revert, before)):
         for name in ("open_clip_train/main.py", "open_clip_train/plugins.py"):
             (package / name).write_bytes(after[name])
         for name in ("open_clip_train/train.py", "open_clip_train/params.py"):
@@ -118,7 +122,7 @@ def test_partial_is_completed_either_way(package: Path, patched: Path) -> None: 
         left = package / "open_clip_train/.openclip-otco-x1y2"
         left.mkdir()
         (left / "0.new").write_bytes(b"half")
-        assert patching.status(package, VERSION).state is State.PARTIAL
+        assert installation.status(package, VERSION).state is State.PARTIAL
         finish(package, VERSION)
         assert content(package) == expected
 
@@ -129,7 +133,7 @@ ROUNDS = 50
 def _all_patch_then_all_revert(rank: int, world: int, package: Path, expected: list[Content], barrier: Any) -> None:
     lost = 0
     for _ in range(ROUNDS):
-        for goal, files in zip((patching.apply, patching.revert), expected, strict=True):
+        for goal, files in zip((installation.apply, installation.revert), expected, strict=True):
             barrier.wait()
             goal(package, VERSION)
             barrier.wait()
@@ -142,7 +146,7 @@ def _some_patch_while_others_revert(
 ) -> None:
     for _ in range(ROUNDS):
         barrier.wait()
-        (patching.apply, patching.revert)[rank % 2](package, VERSION)
+        (installation.apply, installation.revert)[rank % 2](package, VERSION)
         barrier.wait()
         assert rank or content(package) in expected
 
@@ -165,7 +169,7 @@ def test_several_processes_at_once(
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_failure_changes_nothing(package: Path, monkeypatch: pytest.MonkeyPatch, goal: str, failing: int) -> None:
     if goal == "revert":
-        patching.apply(package, VERSION)
+        installation.apply(package, VERSION)
     before = content(package)
     replace, calls = os.replace, []
 
@@ -177,7 +181,7 @@ def test_failure_changes_nothing(package: Path, monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(os, "replace", failing_replace)
     with pytest.raises(OSError, match="No space left"):
-        getattr(patching, goal)(package, VERSION)
+        getattr(installation, goal)(package, VERSION)
     assert len(calls) > failing
     assert content(package) == before
 
@@ -210,7 +214,7 @@ def test_errors(package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
     target = ("--target", str(package))
     unsupported = fails(*target, "--version", "2.0.0")
-    assert all(word in unsupported for word in ("2.0.0", *patching.supported_versions()))
+    assert all(word in unsupported for word in ("2.0.0", *installation.supported_versions()))
     assert "--version" in fails(*target)
     assert "not installed" in fails("--target", str(tmp_path / "nowhere"))
 
@@ -228,10 +232,10 @@ def test_errors(package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_an_older_form_of_the_patch_is_told_from_other_changes(
     package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    patching.apply(package, VERSION)
+    installation.apply(package, VERSION)
     older = package / "open_clip_train/plugins.py"
     older.write_bytes(older.read_bytes() + b"# older\n")
-    monkeypatch.setattr(patching, "SUPERSEDED", {patching.blob_id(older.read_bytes())})
+    monkeypatch.setattr(installation, "SUPERSEDED", {diff.blob_id(older.read_bytes())})
     before = content(package)
     target = ("--target", str(package), "--version", VERSION)
     for action in ((), ("--dry-run",), ("--revert",), ("--status",)):
@@ -245,21 +249,23 @@ def test_an_older_form_of_the_patch_is_told_from_other_changes(
             f"delete {older}; run pip install --force-reinstall --no-deps open_clip_torch=={VERSION}; then" in printed
         )
     (package / "open_clip_train/main.py").write_bytes(b"mine")
-    assert patching.status(package, VERSION).state is State.MODIFIED
+    assert installation.status(package, VERSION).state is State.MODIFIED
     (package / "open_clip_train/main.py").write_bytes(before["open_clip_train/main.py"])
     older.unlink()
-    patching.revert(package, VERSION)
-    assert patching.status(package, VERSION).state is State.UNPATCHED
+    installation.revert(package, VERSION)
+    assert installation.status(package, VERSION).state is State.UNPATCHED
 
 
 def test_no_form_of_today_is_superseded() -> None:
-    ids = {id for v in patching.supported_versions() for p in patching.load_patch(v) for id in (p.old_id, p.new_id)}
-    assert not ids & patching.SUPERSEDED
+    ids = {
+        id for v in installation.supported_versions() for p in installation.load_patch(v) for id in (p.old_id, p.new_id)
+    }
+    assert not ids & installation.SUPERSEDED
 
 
 def test_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert patching.status().state is State.NOT_INSTALLED
+    assert installation.status().state is State.NOT_INSTALLED
     assert cli.main(["patch"]) == 1
     assert "pip install" in capsys.readouterr().err
 
@@ -290,7 +296,7 @@ def test_patching_does_not_import_torch(package: Path) -> None:
     code = f"import sys; from openclip_otco.cli import main; main({arguments}); main(['patch', '--status']); "
     code += "sys.exit('torch' in sys.modules or 'open_clip_train' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    assert patching.status(package, VERSION).state is State.PATCHED
+    assert installation.status(package, VERSION).state is State.PATCHED
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -307,7 +313,7 @@ def git_diff(old: bytes, new: bytes, context: int) -> bytes:
     sides = ([line for line in re.split(rb"(?<=\n)", side) if line] for side in (old, new))
     lines = difflib.diff_bytes(difflib.unified_diff, *sides, b"a/" + name, b"b/" + name, n=context)
     head = b"diff --git a/%s b/%s\nindex %s..%s 100644\n"
-    ids = (patching.blob_id(side).encode() for side in (old, new))
+    ids = (diff.blob_id(side).encode() for side in (old, new))
     marked = (line if line.endswith(b"\n") else line + b"\n\\ No newline at end of file\n" for line in lines)
     return head % (name, name, *ids) + b"".join(marked)
 
@@ -320,7 +326,7 @@ def test_any_diff_applies_and_reverts(old_lines: list[bytes], new_lines: list[by
     old, new = b"".join(old_lines), b"".join(new_lines)
     if old == new:
         return
-    [patch] = patching.parse_patch(git_diff(old, new, context))
+    [patch] = diff.parse_patch(git_diff(old, new, context))
     assert patch.apply(old) == new
     assert patch.inverse().apply(new) == old
     assert patch.inverse().inverse() == patch
@@ -347,4 +353,4 @@ def test_a_bad_patch_is_refused(old: bytes, new: bytes) -> None:
     text = git_diff(b"a\n", b"b\n", 3)
     assert old in text
     with pytest.raises(PatchError):
-        [patch.apply(b"a\n") for patch in patching.parse_patch(text.replace(old, new))]
+        [patch.apply(b"a\n") for patch in diff.parse_patch(text.replace(old, new))]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib.metadata import distributions, entry_points
 from pathlib import Path
 
-from openclip_otco import patching
+from openclip_otco.patch import diff, installation
 
 GROUP = "open_clip_train.plugins"
 OK, FAILED, UNUSABLE = 0, 1, 2
@@ -23,11 +23,11 @@ def problem() -> str | None:
 
     What is looked at is what this process would import, wherever that lies.
     """
-    found = patching.status()
-    if found.state is patching.State.NOT_INSTALLED:
-        return f"OpenCLIP's training script is not installed: pip install '{patching.DISTRIBUTION}[training]'"
-    if found.state is not patching.State.PATCHED:
-        what = f"{patching.PACKAGE} in {found.folder} ({found.state.value}) would train CLIP whatever --loss says"
+    found = installation.status()
+    if found.state is installation.State.NOT_INSTALLED:
+        return f"OpenCLIP's training script is not installed: pip install '{installation.DISTRIBUTION}[training]'"
+    if found.state is not installation.State.PATCHED:
+        what = f"{diff.PACKAGE} in {found.folder} ({found.state.value}) would train CLIP whatever --loss says"
         return f"{what}; {_cure(found)}"
     return _plugin_problem()
 
@@ -52,20 +52,20 @@ def launch(arguments: Sequence[str]) -> int:
     return FAILED if main(list(arguments)) else OK
 
 
-def _cure(found: patching.Status) -> str:
+def _cure(found: installation.Status) -> str:
     if found.folder == Path.cwd():
         return "it lies in this folder: start from another one"
-    if found.state is patching.State.UNPATCHED or found.state is patching.State.PARTIAL:
+    if found.state is installation.State.UNPATCHED or found.state is installation.State.PARTIAL:
         target = "" if found.folder in _installed() else f" --target {found.folder} --version {found.version}"
         return f"run openclip-otco patch{target}"
-    if found.state is patching.State.UNSUPPORTED:
-        versions = " or ".join(patching.supported_versions())
-        return f"there is no patch for version {found.version}: install {patching.DISTRIBUTION} {versions}"
+    if found.state is installation.State.UNSUPPORTED:
+        versions = " or ".join(installation.supported_versions())
+        return f"there is no patch for version {found.version}: install {installation.DISTRIBUTION} {versions}"
     return "openclip-otco patch --status says what to do"
 
 
 def _installed() -> list[Path]:
-    found = distributions(name=patching.DISTRIBUTION)
+    found = distributions(name=installation.DISTRIBUTION)
     return [Path(str(distribution.locate_file(""))) for distribution in found]
 
 

@@ -1,14 +1,12 @@
-"""Gives the installed OpenCLIP training script its plugin point, and takes it away again.
+"""The installed OpenCLIP training script: whether it has its plugin point, and how it gets it or loses it again.
 
 The patches are those of `openclip_otco.patches`, one for each supported version of open_clip_torch. A file is changed
 only if its git blob id is the one on the patch's index line, and what is written has the other id of that line: so a
 file is either OpenCLIP's own or the patched one to the byte, and nobody's changes are lost.
 """
 
-import argparse
 import contextlib
 import fcntl
-import hashlib
 import importlib.machinery
 import importlib.metadata
 import importlib.util
@@ -24,9 +22,9 @@ from enum import Enum
 from importlib import resources
 from pathlib import Path
 
+from openclip_otco.patch.diff import PACKAGE, FilePatch, PatchError, blob_id, parse_patch
+
 DISTRIBUTION = "open_clip_torch"
-PACKAGE = "open_clip_train"
-NO_FILE = "0" * 40
 # What the patches of earlier versions of this package made of OpenCLIP's files.
 SUPERSEDED = frozenset(
     {
@@ -42,52 +40,6 @@ SUPERSEDED = frozenset(
 # Folders in the package that hold new contents and backups while files change places.
 _STAGED = ".openclip-otco-"
 _PATCH_NAME = re.compile(rf"{PACKAGE}-(.+)\.patch")
-_HEAD = re.compile(
-    rb"(?:(?:new|deleted) file mode 100644\n)?"
-    rb"index ([0-9a-f]{40})\.\.([0-9a-f]{40})(?: 100644)?\n"
-    rb"--- (.+)\n"
-    rb"\+\+\+ (.+)\n"
-)
-_HUNK = re.compile(rb"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@.*\n")
-
-
-class PatchError(Exception):
-    """Why nothing was changed, in one line for the user."""
-
-
-@dataclass(frozen=True)
-class Hunk:
-    """One change of a file. Lines keep their line ends; the context is in both `old` and `new`."""
-
-    old_start: int
-    old: tuple[bytes, ...]
-    new_start: int
-    new: tuple[bytes, ...]
-
-    def inverse(self) -> "Hunk":
-        return Hunk(self.new_start, self.new, self.old_start, self.old)
-
-
-@dataclass(frozen=True)
-class FilePatch:
-    """The changes of one file: `path` is relative to the folder that holds the package, ids are git blob ids."""
-
-    path: str
-    old_id: str
-    new_id: str
-    hunks: tuple[Hunk, ...]
-
-    def inverse(self) -> "FilePatch":
-        return FilePatch(self.path, self.new_id, self.old_id, tuple(hunk.inverse() for hunk in self.hunks))
-
-    def apply(self, data: bytes | None) -> bytes | None:
-        """Changes the content of the file; None stands for no file. Raises `PatchError` if this is not exact."""
-        if blob_id(data) != self.old_id:
-            raise PatchError(f"{self.path}: not the content that the patch is for")
-        result = None if self.new_id == NO_FILE else _apply_hunks(data or b"", self.hunks, self.path)
-        if blob_id(result) != self.new_id:
-            raise PatchError(f"{self.path}: the patch does not give the content that it promises")
-        return result
 
 
 class State(Enum):
@@ -162,73 +114,6 @@ def load_patch(version: str) -> list[FilePatch]:
     return parse_patch(file.read_bytes())
 
 
-def parse_patch(text: bytes) -> list[FilePatch]:
-    """Reads the output of `git diff --full-index`: text files that are changed, created or deleted, nothing else.
-
-    Leading folders of the paths up to the package are dropped. Raises `PatchError` on anything that it does not know.
-    """
-    sections = re.split(rb"^diff --git .*\n", text, flags=re.MULTILINE)
-    if sections[0]:
-        raise PatchError("malformed patch: it does not begin with 'diff --git'")
-    return [_parse_file(section) for section in sections[1:]]
-
-
-def blob_id(data: bytes | None) -> str:
-    """The id that git gives to a file's content; `NO_FILE` for None."""
-    if data is None:
-        return NO_FILE
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `openclip-otco patch`."""
-    action = parser.add_mutually_exclusive_group()
-    action.add_argument("--status", action="store_true", help="say if OpenCLIP is patched (exit code 0) or not (1)")
-    action.add_argument("--dry-run", action="store_true", help="name the files that would change")
-    action.add_argument("--revert", action="store_true", help="restore OpenCLIP's own files")
-    parser.add_argument("--target", type=Path, metavar="DIR", help=f"folder of {PACKAGE} (default: the installed one)")
-    parser.add_argument("--version", help=f"version of {DISTRIBUTION} (default: the installed one)")
-
-
-def run(args: argparse.Namespace) -> int:
-    """`openclip-otco patch`: returns the exit code."""
-    try:
-        before = status(args.target, args.version)
-        if args.status:
-            return _print_status(before, args.target)
-        changed = (revert if args.revert else apply)(args.target, args.version, dry_run=args.dry_run)
-    except PatchError as error:
-        print(f"openclip-otco patch: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(
-            f"openclip-otco patch: {error.filename}: {error.strerror}; nothing was changed: make that folder writable, "
-            "or install into a virtual environment of your own",
-            file=sys.stderr,
-        )
-        return 1
-    goal = "unpatched" if args.revert else "patched"
-    if not changed:
-        print(f"{DISTRIBUTION} {before.version} in {before.folder} is already {goal}")
-    else:
-        print(f"{DISTRIBUTION} {before.version} in {before.folder} {'would be' if args.dry_run else 'is now'} {goal}:")
-        print("\n".join(f"  {path}" for path in changed))
-    return 0
-
-
-def _print_status(found: Status, target: Path | None) -> int:
-    """Says what is trained by, and what `python -m` takes instead in this folder; 0 if all of it is patched."""
-    copies = [found]
-    if target is None and (here := shadow(found.folder)) is not None:
-        copies.append(status(here, found.version))
-    for copy in copies:
-        cure = f"; {_cure(copy)}" if copy is found and copy.state in (State.OUTDATED, State.MODIFIED) else ""
-        print(f"{copy.state.value}: {DISTRIBUTION} {copy.version or '?'} in {copy.folder or '?'}{cure}")
-    if len(copies) > 1:
-        print(f"In this folder, python -m {PACKAGE}.main takes the second one; openclip-otco train takes the first one")
-    return 0 if all(copy.state is State.PATCHED for copy in copies) else 1
-
-
 def _bring_to(goal: State, target: Path | None, version: str | None, dry_run: bool) -> list[Path]:
     current = _patchable(target, version)
     if dry_run:
@@ -256,9 +141,9 @@ def _patchable(target: Path | None, version: str | None) -> Status:
         known = ", ".join(supported_versions())
         raise PatchError(f"there is no patch for {DISTRIBUTION} {current.version}, only for {known}")
     if current.state is State.MODIFIED:
-        raise PatchError(f"changed by someone else: undo that change, or {_cure(current)}")
+        raise PatchError(f"changed by someone else: undo that change, or {cure(current)}")
     if current.state is State.OUTDATED:
-        raise PatchError(f"{current.state.value}: {_cure(current)}")
+        raise PatchError(f"{current.state.value}: {cure(current)}")
     return current
 
 
@@ -286,7 +171,7 @@ def _alone(package: Path) -> Iterator[None]:
         yield
 
 
-def _cure(current: Status) -> str:
+def cure(current: Status) -> str:
     """How to get OpenCLIP's own files back where the patch that made these is not at hand."""
     assert current.folder is not None
     ours = (State.UNPATCHED, State.PATCHED)
@@ -367,71 +252,3 @@ def _write(path: Path, data: bytes, mode: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     path.chmod(mode)
-
-
-def _apply_hunks(data: bytes, hunks: tuple[Hunk, ...], path: str) -> bytes:
-    lines = _split_lines(data)
-    result: list[bytes] = []
-    position = 0
-    for hunk in hunks:
-        # Where a hunk has no old lines, its number is that of the line before it.
-        start = hunk.old_start - 1 if hunk.old else hunk.old_start
-        end = start + len(hunk.old)
-        if start < position or tuple(lines[start:end]) != hunk.old:
-            raise PatchError(f"{path}: line {hunk.old_start} is not what the patch expects")
-        result += lines[position:start]
-        result += hunk.new
-        position = end
-    return b"".join(result + lines[position:])
-
-
-def _split_lines(data: bytes) -> list[bytes]:
-    # bytes.splitlines also splits at a lone carriage return, which diff does not.
-    lines = [line + b"\n" for line in data.split(b"\n")]
-    lines[-1] = lines[-1][:-1]
-    return lines if lines[-1] else lines[:-1]
-
-
-def _parse_file(section: bytes) -> FilePatch:
-    head, *hunks = re.split(rb"^(?=@@ )", section, flags=re.MULTILINE)
-    match = _HEAD.fullmatch(head)
-    if match is None:
-        raise PatchError(f"malformed patch: unknown file header {head!r}")
-    old_id, new_id, *names = (group.decode() for group in match.groups())
-    paths = {_package_path(name) for name in names if name != "/dev/null"}
-    if len(paths) != 1:
-        raise PatchError(f"malformed patch: a file named {' and '.join(names)}")
-    return FilePatch(paths.pop(), old_id, new_id, tuple(_parse_hunk(hunk) for hunk in hunks))
-
-
-def _package_path(name: str) -> str:
-    match = re.fullmatch(rf"[ab]/(?:.*/)?({PACKAGE}/.+)", name)
-    if match is None or ".." in name.split("/"):
-        raise PatchError(f"malformed patch: {name} is not in {PACKAGE}")
-    return match[1]
-
-
-def _parse_hunk(text: bytes) -> Hunk:
-    header, *body = _split_lines(text)
-    match = _HUNK.fullmatch(header)
-    if match is None:
-        raise PatchError(f"malformed patch: unknown hunk header {header!r}")
-    old_start, old_count, new_start, new_count = (1 if group is None else int(group) for group in match.groups())
-    old: list[bytes] = []
-    new: list[bytes] = []
-    sides: dict[bytes, list[list[bytes]]] = {b" ": [old, new], b"-": [old], b"+": [new]}
-    last: list[list[bytes]] = []
-    for line in body:
-        if line.startswith(b"\\ "):
-            # "No newline at end of file" is about the line above it.
-            for side in last:
-                side[-1] = side[-1].removesuffix(b"\n")
-        elif line[:1] in sides:
-            last = sides[line[:1]]
-            for side in last:
-                side.append(line[1:])
-        else:
-            raise PatchError(f"malformed patch: unknown line {line!r}")
-    if (len(old), len(new)) != (old_count, new_count):
-        raise PatchError(f"malformed patch: the hunk {header!r} does not have the lines that it announces")
-    return Hunk(old_start, tuple(old), new_start, tuple(new))

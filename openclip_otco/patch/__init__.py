@@ -1,0 +1,1 @@
+"""The patch that gives OpenCLIP's training script its plugin point."""
