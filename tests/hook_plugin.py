@@ -131,10 +131,10 @@ class UnfinishedPlugin(ExamplePlugin):
 def DyingPlugin() -> Any:
     """OTCO on several ranks, of which the second one is killed in the middle of its second plan."""
     from openclip_otco.method.solver import PlanSolver
-    from openclip_otco.ot.group import DistributedShards
+    from openclip_otco.ot.group import DistributedGroup
     from openclip_otco.train.plugin import OTCOPlugin
 
-    solve, total = PlanSolver.solve, DistributedShards.total
+    solve, total = PlanSolver.solve, DistributedGroup.total
     plans: list[list[Any]] = []
 
     def counting_solve(self: Any, *arguments: Any, **options: Any) -> Any:
@@ -148,7 +148,7 @@ def DyingPlugin() -> Any:
                 os.kill(os.getpid(), signal.SIGKILL)
         return total(self, part)
 
-    PlanSolver.solve, DistributedShards.total = counting_solve, dying_total
+    PlanSolver.solve, DistributedGroup.total = counting_solve, dying_total
     return OTCOPlugin()
 
 
