@@ -12,10 +12,11 @@ import scipy.stats
 
 from openclip_otco import cli
 from openclip_otco.runs.train_log import RECALLS
-from openclip_otco.study import results
-from openclip_otco.study.page import TEMPLATE, Spread, StudyResults, page
+from openclip_otco.study import page_figures, results
+from openclip_otco.study.page import TEMPLATE, StudyResults, page
 from openclip_otco.study.reliability import reliability_figure
 from openclip_otco.study.results import Result
+from openclip_otco.study.spread import Spread
 from openclip_otco.study.study import arguments, load
 
 STUDY = "flickr8k-frozen"
@@ -145,6 +146,7 @@ def test_without_all_captions_the_last_epoch_counts(folder: Path) -> None:
         ('{{ study("flickr8k-frozen").rsum("clean", "moco") }}', "flickr8k-frozen.jsonl has no run of moco on clean"),
         ('{{ study("flickr8k-near").rsum("mismatch-near-40", "clip") }}', "flickr8k-near.jsonl has no run"),
         ('{{ study("flickr8k-frozen").figure("noise") }}', "give --figures"),
+        ('{{ cost(study("flickr8k-frozen"), "clean") }}', "flickr8k-frozen-cost.png is missing; give --figures"),
     ],
 )
 def test_a_page_that_cannot_be_made(folder: Path, template: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,6 +165,72 @@ BINS: list[dict[str, Any]] = [
     {"data": "clean", "wrong": 0.0, "bins": [[0.9, 1.0, 40]]},
     {"data": "planted", "wrong": 0.4, "bins": [[0.1, 0.05, 10], [0.95, 0.9, 30]]},
 ]
+
+
+def bars_with_errors(axis: Any) -> list[tuple[Any, Any]]:
+    """Middles `(n, 2)` and whisker ends, `(n, 2, 2)`, of each `errorbar` of `axis` whose whiskers are vertical."""
+    return [(each.lines[0].get_xydata(), np.array(each.lines[2][-1].get_segments())) for each in axis.containers]
+
+
+ORACLE = {("mismatch-40-matched", "clip"): [0.36, 0.37, 0.39]}
+PARTS = {
+    ("clean", "otco"): [0.42, 0.44, 0.45],
+    ("clean", "gamma-0"): [0.41, 0.45, 0.44],
+    ("clean", "negatives-none"): [0.39, 0.42, 0.43],
+}
+
+
+def studied(folder: Path, name: str, recall: dict[tuple[str, str], list[float]], *seconds: float) -> StudyResults:
+    """The study of that name, whose runs have such recalls; `seconds` of a step by seed."""
+    kept = [result(*cell, seed, value) for cell, values in recall.items() for seed, value in enumerate(values)]
+    if seconds:
+        kept = [replace(run, seconds_per_step=seconds[run.seed] * (2 if run.loss == "otco" else 1)) for run in kept]
+    study = load(name)
+    names = {*(loss for _, loss in recall)}, {*(data for data, _ in recall)}
+    study = replace(study, losses=tuple(loss for loss in study.losses if loss.name in names[0]),
+                    data=tuple(data for data in study.data if data.name in names[1]))  # fmt: skip
+    return StudyResults(study, kept, folder)
+
+
+def test_the_oracle_begins_where_the_baseline_is_without_noise(folder: Path) -> None:
+    main, oracle = studied(folder, STUDY, RECALL), studied(folder, "flickr8k-oracle", ORACLE)
+    (axis,) = page_figures.noise_figure(main, oracle).axes
+    curves = {text.get_text(): curve for text, curve in zip(axis.get_legend().get_texts(), bars_with_errors(axis),
+                                                            strict=True)}  # fmt: skip
+    for loss in ("clip", "otco"):
+        middles, whiskers = curves[loss]
+        for point, whisker, data in zip(middles, whiskers, ("clean", "mismatch-40"), strict=True):
+            own = [rsum(each) for each in RECALL[data, loss]]
+            interval = scipy.stats.t.interval(0.95, 2, np.mean(own), scipy.stats.sem(own))
+            assert point == pytest.approx([0 if data == "clean" else 40, np.mean(own)])
+            assert whisker[:, 1] == pytest.approx(interval)
+    middles, _ = curves["oracle: clip on the right pairs alone"]
+    expected = [[0, rsum(np.mean(RECALL["clean", "clip"]))], [40, rsum(np.mean(ORACLE["mismatch-40-matched", "clip"]))]]
+    assert middles == pytest.approx(np.array(expected))
+
+
+def test_the_waterfall_adds_up(folder: Path) -> None:
+    # A fourth seed of the baseline has no partner.
+    base = [*RECALL["clean", "clip"], 0.9]
+    losses = studied(folder, "flickr8k-baselines", {("clean", "clip"): base})
+    (axis,) = page_figures.waterfall_figure(losses, studied(folder, "flickr8k-ablations", PARTS), ("clean",)).axes
+    bars = [(bar.get_y(), bar.get_y() + bar.get_height()) for bar in axis.patches]
+    clip, both, negatives, trust = (np.mean([rsum(r) for r in each[:3]]) for each in (base, *PARTS.values()))
+    expected = [(0, negatives - clip), (negatives - clip, both - clip), (0, both - clip), (0, trust - clip)]
+    assert np.array(bars) == pytest.approx(np.array(expected), abs=1e-6)
+    paired = scipy.stats.ttest_rel([rsum(r) for r in PARTS["clean", "otco"]], [rsum(r) for r in base[:3]])
+    (whiskers,) = (np.array(each.get_segments()) for each in axis.collections)
+    assert whiskers[2][:, 1] == pytest.approx(tuple(paired.confidence_interval(0.95)))
+
+
+def test_cost_is_a_ratio_paired_by_seed(folder: Path) -> None:
+    losses = studied(folder, "flickr8k-baselines", RECALL, 0.1, 0.3, 0.7)
+    (axis,) = page_figures.cost_figure(losses, "mismatch-40").axes
+    assert axis.get_title() == "40 % wrong captions"
+    points = np.array([each.lines[0].get_xydata()[0] for each in axis.containers])
+    expected = [[factor, rsum(np.mean(RECALL["mismatch-40", loss]))] for factor, loss in ((1, "clip"), (2, "otco"))]
+    assert points == pytest.approx(np.array(expected))
+    assert losses.step_ratio("mismatch-40", "otco").half == pytest.approx(0, abs=1e-9)
 
 
 @pytest.fixture

@@ -1,28 +1,19 @@
 """The pictures of a study, each as PNG and SVG: learning curves, recalls, noise against rsum, cost against quality."""
 
-import statistics
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # No display is needed, and none may be there.
-
-from matplotlib import pyplot
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from openclip_otco.study.mismatch import mismatch
 from openclip_otco.study.results import Result, standard
 from openclip_otco.study.study import Study
+from openclip_otco.study.style import COLOURS, DASHES, line_style, pyplot
 from openclip_otco.study.table import cell, final_recalls, final_rsum, interval
 
-# Okabe and Ito's colours, told apart under colour blindness; dashes and markers tell them apart in grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_DASHES = ("-", "--", "-.", ":")
-# As many markers as have no divisor in common with the colours: no two of 63 losses look the same.
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
 # More of them than this have their legend beside the panels.
 _LOSSES_IN_A_PANEL = 6
 _IN_TRAINING = "validation rsum (sum of six recalls, %)"
@@ -31,9 +22,9 @@ _IN_TRAINING = "validation rsum (sum of six recalls, %)"
 def draw(study: Study, results: Sequence[Result], folder: Path) -> list[Path]:
     """Write those pictures into `folder` that `results` have the numbers for, and return their paths.
 
-    `rsum`: validation rsum over epochs; thin lines are single seeds, thick ones their mean. `recalls`: the six recalls
-    after the last epoch. `noise`: rsum over the share of mismatched captions, where settings differ in it. `cost`: rsum
-    over the seconds per step, where two losses or more have them. Whiskers are 95 % intervals over seeds.
+    `rsum`: validation rsum over epochs. `recalls`: the six recalls after the last epoch. `noise`: rsum over the share
+    of mismatched captions, where settings differ in it. `cost`: rsum over the seconds per step, where two losses or
+    more have them. Shown are means over seeds; whiskers and bands are 95 % intervals.
     """
     figures = {
         "rsum": _learning_curves(study, results),
@@ -43,7 +34,7 @@ def draw(study: Study, results: Sequence[Result], folder: Path) -> list[Path]:
     }
     paths = []
     # Without date and random ids the same results give the same SVG.
-    with matplotlib.rc_context({"svg.hashsalt": study.name}):
+    with pyplot.rc_context({"svg.hashsalt": study.name}):
         for name, figure in figures.items():
             for ending in ("png", "svg"):
                 path = folder / f"{name}.{ending}"
@@ -61,30 +52,32 @@ def _learning_curves(study: Study, results: Sequence[Result]) -> Any:
     figure, axes = _panels(study)
     for axis, data in zip(axes, study.data, strict=True):
         for index, loss in enumerate(study.losses):
-            _curves(axis, cell(results, data.name, loss.name), index, loss.name)
+            _curve(axis, cell(results, data.name, loss.name), index, loss.name)
         axis.set_title(data.name)
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
+    axes[0].set_ylim(bottom=max(0, axes[0].get_ylim()[0]))  # An interval may reach below 0, an rsum cannot.
     _legend(figure, axes, study)
-    axes[0].set_ylabel(_IN_TRAINING)
+    figure.supylabel(_IN_TRAINING, fontsize="medium")
     figure.suptitle(f"Retrieval during training: study {study.name}, {_seeds(study)}")
     return figure
 
 
-def _curves(axis: Any, runs: Sequence[Result], index: int, label: str) -> None:
+def _curve(axis: Any, runs: Sequence[Result], index: int, label: str) -> None:
+    """The mean of `runs`, in a band that is its interval, over the epochs that all of them have."""
     if not runs:
         return
-    colour = _COLOURS[index % len(_COLOURS)]
-    dash = _DASHES[index % len(_DASHES)]
     curves = [dict(zip(*run.curve(), strict=True)) for run in runs]
-    if len(curves) > 1:
-        for curve in curves:
-            axis.plot(list(curve), list(curve.values()), color=colour, linestyle=dash, linewidth=0.7, alpha=0.45)
     epochs = sorted(set.intersection(*map(set, curves)))
-    means = [statistics.fmean(curve[epoch] for curve in curves) for epoch in epochs]
-    marker = _MARKERS[index % len(_MARKERS)]
-    axis.plot(epochs, means, color=colour, linestyle=dash, marker=marker, markersize=4, linewidth=1.8, label=label)
+    spreads = [interval([curve[epoch] for curve in curves]) for epoch in epochs]
+    means = [mean for mean, _ in spreads]
+    style = {**line_style(index), "linestyle": DASHES[index % len(DASHES)]}
+    axis.plot(epochs, means, markersize=4, linewidth=1.8, label=label, **style)
+    if len(runs) > 1:
+        low = [mean - (half or 0) for mean, half in spreads]
+        high = [mean + (half or 0) for mean, half in spreads]
+        axis.fill_between(epochs, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
 def _recalls(study: Study, results: Sequence[Result]) -> Any:
@@ -104,7 +97,7 @@ def _recalls(study: Study, results: Sequence[Result]) -> Any:
                 [mean for mean, _ in spreads],
                 width,
                 yerr=None if len(runs) == 1 else [half for _, half in spreads],
-                color=_COLOURS[index % len(_COLOURS)],
+                color=COLOURS[index % len(COLOURS)],
                 hatch=("", "//", "..", "xx")[index % 4],
                 edgecolor="white",
                 error_kw={"elinewidth": 1, "capsize": 2},
@@ -116,7 +109,7 @@ def _recalls(study: Study, results: Sequence[Result]) -> Any:
         axis.grid(alpha=0.3, axis="y")
         axis.set_axisbelow(True)
     _legend(figure, axes, study)
-    axes[0].set_ylabel("recall, %")
+    figure.supylabel("recall, %", fontsize="medium")
     captions = "all captions" if whole else "one caption an image"
     figure.suptitle(f"Retrieval after the last epoch, {captions}: study {study.name}, {_seeds(study)}")
     return figure
@@ -131,7 +124,7 @@ def _noise(study: Study, results: Sequence[Result]) -> Any:
     for index, loss in enumerate(study.losses):
         cells = [(100 * share, cell(results, name, loss.name)) for name, share in shares.items()]
         cells = sorted(((share, runs) for share, runs in cells if runs), key=lambda each: each[0])
-        style = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
+        style = line_style(index)
         for dash, of in (("-", "rsum_last"), ("--", "rsum_best")):
             spreads = [interval([getattr(run, of) for run in runs]) for _, runs in cells]
             axis.errorbar(
@@ -143,10 +136,7 @@ def _noise(study: Study, results: Sequence[Result]) -> Any:
                 capsize=3,
                 **style,
             )
-    handles = [
-        Line2D([], [], color=_COLOURS[index % len(_COLOURS)], marker=_MARKERS[index % len(_MARKERS)], label=loss.name)
-        for index, loss in enumerate(study.losses)
-    ]
+    handles = [Line2D([], [], label=loss.name, **line_style(index)) for index, loss in enumerate(study.losses)]
     kinds = [
         Line2D([], [], color="grey", linestyle=dash, label=of)
         for dash, of in (("-", "last epoch"), ("--", "best epoch"))
@@ -179,11 +169,10 @@ def _cost(study: Study, results: Sequence[Result]) -> Any:
                 quality,
                 above,
                 beside,
-                color=_COLOURS[index % len(_COLOURS)],
-                marker=_MARKERS[index % len(_MARKERS)],
                 linestyle="none",
                 capsize=3,
                 label=loss.name,
+                **line_style(index),
             )
         axis.set_title(data.name)
         axis.set_xlabel("seconds per optimizer step")
@@ -191,18 +180,22 @@ def _cost(study: Study, results: Sequence[Result]) -> Any:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     _legend(figure, axes, study)
-    axes[0].set_ylabel("rsum, all captions" if whole else _IN_TRAINING)
+    figure.supylabel("rsum, all captions" if whole else _IN_TRAINING, fontsize="medium")
     figure.suptitle(f"Cost and quality after the last epoch: study {study.name}, {_seeds(study)}")
     return figure
 
 
 def _panels(study: Study, panels: int | None = None, width: float = 4.5) -> tuple[Any, Any]:
-    """A figure with a panel per data setting, or `panels`, side by side."""
+    """A figure with a panel per data setting, or `panels`; more than three stand two in a row, to be read on a page."""
     panels = panels or len(study.data)
+    columns = panels if panels <= 3 else 2
+    rows = math.ceil(panels / columns)
     figure, axes = pyplot.subplots(
-        1, panels, figsize=(1 + width * panels, 4), sharey=True, squeeze=False, layout="constrained"
+        rows, columns, figsize=(1 + width * columns, 1 + 3 * rows), sharey=True, squeeze=False, layout="constrained"
     )
-    return figure, axes[0]
+    for axis in axes.flat[panels:]:
+        axis.remove()
+    return figure, axes.flat[:panels]
 
 
 def _legend(figure: Any, axes: Any, study: Study) -> None:
@@ -219,4 +212,4 @@ def _legend(figure: Any, axes: Any, study: Study) -> None:
 
 
 def _seeds(study: Study) -> str:
-    return "one seed" if len(study.seeds) == 1 else f"mean of {len(study.seeds)} seeds"
+    return "one seed" if len(study.seeds) == 1 else f"mean of {len(study.seeds)} seeds with 95 % intervals"

@@ -21,6 +21,7 @@ from openclip_otco.files import write_text
 from openclip_otco.study import results, table
 from openclip_otco.study.reliability import reliability_picture
 from openclip_otco.study.results import Result, standard
+from openclip_otco.study.spread import Spread
 from openclip_otco.study.study import Study, arguments, load
 
 TEMPLATE = "page.md.jinja"
@@ -56,8 +57,9 @@ def run(args: argparse.Namespace) -> int:
 def page(folder: Path, figures: bool = False, template: str = TEMPLATE) -> str:
     """The page that `folder` holds the template and the results for.
 
-    A template has `study(NAME)`, the `StudyResults` of a study, `lines(NAME)`, the `Lines` of any other list, and
-    `reliability(LINES)`, the picture of what lines with bins say, see `reliability_picture`.
+    A template has `study(NAME)`, the `StudyResults` of a study, and `lines(NAME)`, the `Lines` of any other list. The
+    others give the path of a picture: `reliability(LINES)`, see `reliability_picture`; `noise(STUDY, ORACLE)`,
+    `waterfall(STUDY, ABLATIONS, SETTINGS)` and `cost(STUDY, SETTING)`, see `page_figures`.
 
     Args:
         figures: also draw the pictures that it shows, into the folder.
@@ -84,6 +86,7 @@ def page(folder: Path, figures: bool = False, template: str = TEMPLATE) -> str:
             study=study,
             lines=lambda name: Lines.read(folder / f"{name}.jsonl"),
             reliability=lambda found: reliability_picture(found.path, found.all, figures),
+            **_pictures(folder, figures),
         )
     except jinja2.TemplateError as error:
         line = getattr(error, "lineno", None)
@@ -91,44 +94,20 @@ def page(folder: Path, figures: bool = False, template: str = TEMPLATE) -> str:
     return _NOTE.format(template=f"{folder.name}/{template}") + text
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A mean over seeds and the half-width of its 95 % Student-t interval, None for one seed."""
+def _pictures(folder: Path, draw: bool) -> dict[str, Callable[..., str]]:
+    """What a template calls for the pictures of several studies: each is `STUDY-KIND.png`, after its first study."""
 
-    mean: float
-    half: float | None
+    def template_function(kind: str) -> Callable[..., str]:
+        def path_of_picture(first: StudyResults, *others: Any) -> str:
+            # Not at the top: they load matplotlib, which a page without --figures does without.
+            from openclip_otco.study import page_figures, style
 
-    @classmethod
-    def of(cls, values: list[float]) -> Spread:
-        return cls(*table.interval(values))
+            make = getattr(page_figures, f"{kind}_figure")
+            return style.picture(folder / f"{first.study.name}-{kind}.png", draw, lambda: make(first, *others))
 
-    def __str__(self) -> str:
-        return self.to(1)
+        return path_of_picture
 
-    def to(self, digits: int, factor: float = 1.0) -> str:
-        """To so many digits, each number times `factor`, as for percent."""
-        mean = f"{factor * self.mean:.{digits}f}"
-        return mean if self.half is None else f"{mean} ± {factor * self.half:.{digits}f}"
-
-    @property
-    def signed(self) -> str:
-        """With a sign, as differences have."""
-        return f"{'+' if self.mean >= 0 else ''}{self}"
-
-    @property
-    def above_0(self) -> bool:
-        """Whether the whole interval is above 0."""
-        return self.half is not None and self.mean > self.half
-
-    @property
-    def low(self) -> float:
-        """The interval's lower end."""
-        return self.mean - (self.half or 0)
-
-    @property
-    def high(self) -> float:
-        """The interval's upper end."""
-        return self.mean + (self.half or 0)
+    return {kind: template_function(kind) for kind in ("noise", "waterfall", "cost")}
 
 
 @dataclass(frozen=True)
@@ -244,6 +223,19 @@ class StudyResults:
         """The rsum of the best epoch, by OpenCLIP's validation."""
         return Spread.of([run.rsum_best for run in self._runs(data, loss)])
 
+    def by_seed(self, data: str, loss: str) -> dict[int, float]:
+        """The rsum of each run."""
+        return {run.seed: self._rsum(run) for run in self._runs(data, loss)}
+
+    def step_ratio(self, data: str, loss: str) -> Spread:
+        """Seconds of an optimizer step, times those of the baseline, paired by seed.
+
+        Raises:
+            UserError: a run has no speed.
+        """
+        pairs = self._pairs(data, loss, self._seconds_per_step)
+        return Spread.of([own / base for own, base in pairs])
+
     def seeds(self, data: str, loss: str) -> int:
         """How many runs there are."""
         return len(self._runs(data, loss))
@@ -284,6 +276,11 @@ class StudyResults:
 
     def _rsum(self, run: Result) -> float:
         return table.final_rsum(run, standard(self.kept))
+
+    def _seconds_per_step(self, run: Result) -> float:
+        if run.seconds_per_step is None:
+            raise UserError(f"{self.folder / self.study.name}.jsonl: {run.run} has no seconds_per_step")
+        return run.seconds_per_step
 
     def _runs(self, data: str, loss: str) -> list[Result]:
         found = table.cell(self.kept, data, loss)

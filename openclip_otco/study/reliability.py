@@ -25,15 +25,10 @@ def reliability_picture(path: Path, lines: Sequence[Mapping[str, Any]], draw: bo
     picture = path.with_name(f"{path.stem}-reliability.png")
     if not lines or not all("bins" in line for line in lines):
         raise UserError(f"{path}: a reliability diagram needs lines with bins, and there are others, or none")
-    if draw:
-        from openclip_otco.study.figure import pyplot
+    # Not at the top: it loads matplotlib, which a page without --figures does without.
+    from openclip_otco.study import style
 
-        figure = reliability_figure(lines)
-        figure.savefig(picture, dpi=150)
-        pyplot.close(figure)
-    if not picture.is_file():
-        raise UserError(f"{picture} is missing; give --figures")
-    return f"{picture.parent.name}/{picture.name}"
+    return style.picture(picture, draw, lambda: reliability_figure(lines))
 
 
 def reliability_figure(lines: Sequence[Mapping[str, Any]]) -> Any:
@@ -41,12 +36,12 @@ def reliability_figure(lines: Sequence[Mapping[str, Any]]) -> Any:
 
     Data without wrong pairs have no curve, as all of their pairs are right.
     """
-    from openclip_otco.study.figure import _COLOURS, _MARKERS, pyplot
+    from openclip_otco.study.style import COLOURS, MARKERS, pyplot
 
     planted = sorted((line for line in lines if line["wrong"]), key=lambda line: str(line["data"]))
     figure, axis = pyplot.subplots(figsize=(5.5, 5), layout="constrained")
     axis.plot([0, 100], [0, 100], color="grey", linestyle="--", linewidth=1, label="said = right")
-    for line, colour, marker in zip(planted, _COLOURS, _MARKERS, strict=False):
+    for line, colour, marker in zip(planted, COLOURS, MARKERS, strict=False):
         said, right = ([100 * row[column] for row in line["bins"]] for column in (0, 1))
         axis.plot(said, right, color=colour, marker=marker, markersize=5, linewidth=1.8, label=line["data"])
     axis.set_xlabel("probability said by the audit (mean of a bin), %")
