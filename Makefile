@@ -49,7 +49,7 @@ quickstart: install
 	HF_HUB_OFFLINE=1 $(BIN)/openclip-otco compare quickstart --out runs/quickstart
 
 results: install
-	for study in scenes-baselines scenes scenes-recipe; do \
+	for study in scenes-recipe scenes-baselines; do \
 		HF_HUB_OFFLINE=1 $(BIN)/openclip-otco compare $$study --out runs/scenes || exit 1; \
 		cp runs/scenes/results.jsonl runs/scenes/$$study.jsonl; done
 

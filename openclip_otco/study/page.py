@@ -227,6 +227,14 @@ class StudyResults:
         """The rsum of each run."""
         return {run.seed: self._rsum(run) for run in self._runs(data, loss)}
 
+    def seconds(self, data: str, loss: str) -> Spread:
+        """Of an optimizer step.
+
+        Raises:
+            UserError: a run has no speed.
+        """
+        return Spread.of([self._seconds_per_step(run) for run in self._runs(data, loss)])
+
     def step_ratio(self, data: str, loss: str) -> Spread:
         """Seconds of an optimizer step, times those of the baseline, paired by seed.
 
