@@ -1,8 +1,8 @@
 """What a plan knows of the pairs of a frozen Flickr8k run: which are wrong, which negatives are none, what goes where.
 
 `python benchmarks/evidence.py CHECKPOINT SHARDS LIST.csv FILE.json`: a checkpoint of `flickr8k-frozen`, the training
-shards of its run, and the list of mismatched images that they were made by (`key,caption_key`). Windows of random pairs
-are coupled as in training; what is asked of them:
+shards of its run, and the list of mismatched images that they were made by (`key,caption_key`). Features of the towers
+come from the tables of `--frozen-features`. Windows of random pairs are coupled as in training; what is asked of them:
 
 - trust: AUROC of wrong against right pairs that are not in the window, by the plan's density, by the cosine, by a
   second witness that never saw the training, and by the sum of density and witness. The witness is the correlation of
@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
+from tower_features import model_features, tower_features
 
 from openclip_otco.audit.score import auroc
-from openclip_otco.data import samples
+from openclip_otco.files import write_text
 from openclip_otco.method.solver import PlanSolver
 from openclip_otco.models.registry import home
 from openclip_otco.runs import checkpoint
@@ -41,25 +41,15 @@ class Pairs:
     """All pairs of the shards: joint and unimodal features, the image of each, and the image its caption is of."""
 
     def __init__(self, path: Path, shards: str, mismatched: dict[str, str], frozen: Path) -> None:
-        encoder = checkpoint.load(path, device="cpu", frozen_features=frozen)
-        sides: dict[str, list[Tensor]] = {name: [] for name in ("images", "texts", "image_towers", "text_towers")}
-        keys: list[str] = []
-        for batch in tqdm(samples.batches(shards, encoder.preprocess, 256, 0), desc="batches", disable=None):
-            images = [sample.image for sample in batch]
-            texts = [sample.captions[0] for sample in batch]
-            sides["images"].append(encoder.images(images))
-            sides["texts"].append(encoder.texts(texts))
-            with torch.inference_mode():
-                towers = {tower.kind: tower for tower in encoder.frozen}
-                sides["image_towers"].append(towers["image"](torch.stack(images)).flatten(1).float())
-                sides["text_towers"].append(towers["text"](encoder.tokenizer(texts)).float())
-            keys += [sample.key.rpartition("-")[0] for sample in batch]
-        encoder.save_frozen()
-        self.images, self.texts = torch.cat(sides["images"]), torch.cat(sides["texts"])
+        encoder = checkpoint.load(path, device="cpu")
+        towers = tower_features(encoder, frozen, shards)
+        self.images = model_features(encoder, "image", towers.images)
+        self.texts = model_features(encoder, "text", towers.texts)
         self.image_towers, self.text_towers = (
-            F.normalize(side - side.mean(0), dim=1)
-            for side in (torch.cat(sides["image_towers"]), torch.cat(sides["text_towers"]))
+            F.normalize(side - side.mean(0), dim=1) for side in (towers.images, towers.texts)
         )
+        # A sample is named by its image and the number of its caption.
+        keys = [name.rpartition("-")[0] for name in towers.names]
         numbers = {key: number for number, key in enumerate(sorted(set(keys)))}
         self.image = torch.tensor([numbers[key] for key in keys])
         self.caption = torch.tensor([numbers[mismatched.get(key, key)] for key in keys])
@@ -146,9 +136,17 @@ def main() -> None:
     for size in args.windows:
         runs = [ask(pairs, size, epsilon, seed) for seed in range(args.seeds)]
         means = {name: round(sum(run[name] for run in runs) / len(runs), 4) for name in runs[0]}
-        found.append({"window": size, "epsilon": epsilon, "seeds": args.seeds, **means})
+        found.append(
+            {
+                "run": args.checkpoint.parent.parent.name,
+                "window": size,
+                "epsilon": epsilon,
+                "seeds": args.seeds,
+                **means,
+            }
+        )
         print(json.dumps(found[-1]))
-    args.json.write_text("".join(f"{json.dumps(line)}\n" for line in found))
+    write_text(args.json, "".join(f"{json.dumps(line)}\n" for line in found))
 
 
 if __name__ == "__main__":
