@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install patch lint browser test test-matrix quickstart results study page study-cleaned study-quick bench step-cost scaling screenshots clean
+.PHONY: install patch lint browser test test-matrix quickstart results study page study-calibrated study-cleaned study-quick bench step-cost scaling screenshots clean
 
 install: patch
 
@@ -66,6 +66,12 @@ study: install
 page: install
 	$(BIN)/openclip-otco results docs/results --figures
 	$(BIN)/openclip-otco results docs/results --template audit.md.jinja --out docs/audit.md --figures
+	$(BIN)/openclip-otco results docs/results --template calibrate.md.jinja --out docs/calibrate.md
+
+# After `make study`: search with its checkpoints, calibrated by plans and by the inverted softmax.
+study-calibrated: install
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/calibrate.py runs/flickr8k --epsilon 0.1 --pairs 4096 \
+		--jsonl runs/flickr8k/calibrate.jsonl
 
 # After `make study`: what audits of its data find, and plain CLIP on the shards that they keep.
 study-cleaned: install

@@ -294,7 +294,10 @@ def test_a_reliability_diagram(folder: Path) -> None:
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["said = right", "planted"]
 
 
-@pytest.mark.parametrize(("page_of", "template"), [("results.md", TEMPLATE), ("audit.md", "audit.md.jinja")])
+@pytest.mark.parametrize(
+    ("page_of", "template"),
+    [("results.md", TEMPLATE), ("audit.md", "audit.md.jinja"), ("calibrate.md", "calibrate.md.jinja")],
+)
 def test_the_committed_pages_are_those_that_the_runs_give(page_of: str, template: str) -> None:
     found = page(RESULTS, template=template)
     assert (ROOT / "docs" / page_of).read_text(encoding="utf-8") == found
