@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hook_fixtures import lab, original, patched  # noqa: F401 (fixtures for all)
 from hypothesis import settings
 from page_fixtures import browser, visit  # noqa: F401
+from study_fixtures import drawn, home  # noqa: F401
 from torch import Tensor
 
 # Model hubs may be out of reach, and no test needs them.
