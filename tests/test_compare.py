@@ -241,3 +241,5 @@ def test_report_names_no_folders(home):
     assert compare.run(arguments(str(study), "--out", str(home / "out")), trainer=(str(home / "trainer.py"),)) == 0
     page = (home / "out/table.md").read_text()
     assert "`openclip-otco compare study.toml`" in page
+    assert str(home) not in page
+    assert str(home) not in (home / "out/results.jsonl").read_text()
