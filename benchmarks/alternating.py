@@ -23,6 +23,7 @@ from torch import Tensor
 from openclip_otco.method.loss import OTCOLoss
 from openclip_otco.train.callback import PlanCacheCallback
 from openclip_otco.train.plugin import OTCOPlugin
+from openclip_otco.train.training_callback import TrainingCallback
 
 
 class Alternating(OTCOLoss):
@@ -58,7 +59,7 @@ class AlternatingPlugin(OTCOPlugin):
         return [Turns(hook, loss, args.otco_window, self.file if args.rank == 0 else None)]
 
 
-class Turns:
+class Turns(TrainingCallback):
     """Hands each block's steps to its own loss, and times the block, its plan included."""
 
     name = "otco"
@@ -80,12 +81,6 @@ class Turns:
         self.seconds[self.loss.turn].append(now - self.started)
         self.loss.turn = "clip" if self.loss.turn == "otco" else "otco"
         self.started = now
-
-    def on_epoch_end(self, **_: Any) -> None:
-        pass
-
-    def on_save_checkpoint(self) -> dict[str, Any]:
-        return {}
 
     def on_train_end(self, *, step: int, writer: object) -> None:
         if self.file is not None:

@@ -100,7 +100,7 @@ def _step(world: int, rank: int, plan: TransportPlan, counted: dict[str, int]) -
     losses: dict[str, ClipLoss] = {"clip": ClipLoss(**settings)}
     for name, weight in (("confidence", 0.0), ("transport", 0.5)):
         losses[name] = loss = OTCOLoss(transport_weight=weight, **settings)
-        loss.set_plans([plan], plan)
+        loss.exchange.set_plans([plan], plan)
     found = {}
     for name, each in losses.items():
         counted.update(floats=0, calls=0)

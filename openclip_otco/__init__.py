@@ -13,6 +13,7 @@ from openclip_otco.version import __version__
 if TYPE_CHECKING:
     from openclip_otco.evaluate.retriever import CalibratedRetriever
     from openclip_otco.method.cache import PlanCache
+    from openclip_otco.method.exchange import PlanExchange
     from openclip_otco.method.loss import OTCOLoss
     from openclip_otco.method.plan import TransportPlan
     from openclip_otco.method.solver import PlanSolver
@@ -25,6 +26,7 @@ _HOME = {
     "OTCOLoss": "method.loss",
     "PlanCache": "method.cache",
     "PlanCacheCallback": "train.callback",
+    "PlanExchange": "method.exchange",
     "PlanSolver": "method.solver",
     "TransportPlan": "method.plan",
 }
@@ -34,6 +36,7 @@ __all__ = [
     "OTCOLoss",
     "PlanCache",
     "PlanCacheCallback",
+    "PlanExchange",
     "PlanSolver",
     "TransportPlan",
     "__version__",

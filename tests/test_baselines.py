@@ -36,7 +36,7 @@ from openclip_otco.baselines.plugin import OPTIONS, BaselinesPlugin
 from openclip_otco.baselines.rcl import RCLLoss
 from openclip_otco.baselines.simclr import SimCLRLoss
 from openclip_otco.baselines.views import RandomViews, SecondView, blur, crop, recolour
-from openclip_otco.method.loss import Features
+from openclip_otco.method.features import Features
 
 SCALE = torch.tensor(14.2857)
 PLUGIN = "baselines = openclip_otco.baselines.plugin:BaselinesPlugin"

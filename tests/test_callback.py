@@ -24,6 +24,7 @@ from open_clip_train.file_utils import pt_load
 
 from openclip_otco import FeatureWindow, OTCOLoss, PlanCache, PlanCacheCallback, PlanSolver
 from openclip_otco.ot.group import DistributedGroup
+from openclip_otco.train.plan_log import PlanLog
 
 
 class Writer:
@@ -41,9 +42,17 @@ class FailingSolver(PlanSolver):
         raise self.error("no plan today")
 
 
-def make_callback(window=4, cache=2, solver=None, **settings) -> PlanCacheCallback:
+def make_callback(
+    window=4, cache=2, solver=None, log_every=100, master=True, wandb=False, **settings
+) -> PlanCacheCallback:
+    """A callback; `callback.loss` is the loss whose plans it sets."""
     loss = OTCOLoss(confidence=1.0)
-    return PlanCacheCallback(loss, FeatureWindow(window), PlanCache(cache), solver or PlanSolver(), **settings)
+    log = PlanLog(log_every, master, wandb)
+    callback = PlanCacheCallback(
+        loss.exchange, FeatureWindow(window), PlanCache(cache), solver or PlanSolver(), log=log, **settings
+    )
+    callback.loss = loss
+    return callback
 
 
 def train(callback: PlanCacheCallback, steps: range, writer=None, batch: int = 16) -> None:
@@ -70,27 +79,27 @@ def test_plans_act_when_the_warmup_is_over():
     callback = make_callback(warmup=0.1)
     callback.on_train_start(step=0, total_steps=100)
     train(callback, range(9))
-    assert callback.loss.newest is None
-    assert callback.loss.drawn == ()
+    assert callback.exchange.newest is None
+    assert callback.exchange.drawn == ()
     train(callback, range(9, 10))
-    assert callback.loss.newest is callback.cache.newest
-    assert len(callback.loss.drawn) == 1
+    assert callback.exchange.newest is callback.cache.newest
+    assert len(callback.exchange.drawn) == 1
 
 
 def test_a_plan_that_fails_is_counted_and_the_last_good_one_stays(caplog):
     callback = make_callback(warmup=0)
     callback.on_train_start(step=0, total_steps=100)
     train(callback, range(4))
-    good = callback.loss.newest
+    good = callback.exchange.newest
     callback.solver = FailingSolver()
     with caplog.at_level(logging.WARNING):
         train(callback, range(4, 8))
-    assert callback.loss.newest is good
+    assert callback.exchange.newest is good
     assert (callback.made, callback.skipped) == (1, 1)
     assert "OTCO plan at step 7 skipped, going on with the last good one. RuntimeError: no plan today" in caplog.text
     callback.solver = PlanSolver()
     train(callback, range(8, 12))
-    assert callback.loss.newest.step == 11
+    assert callback.exchange.newest.step == 11
 
 
 @pytest.mark.parametrize("error", [MemoryError, AssertionError, TypeError])
@@ -113,7 +122,7 @@ def test_a_batch_of_nan_costs_its_pairs_only():
     nan = torch.full((16, 24), float("nan"))
     callback.loss(nan, nan, torch.tensor(10.0))
     callback.on_step_end(step=3, epoch=0, features={"image_features": nan, "text_features": nan}, losses={})
-    assert len(callback.loss.newest) == 48
+    assert len(callback.exchange.newest) == 48
     assert callback.window.dropped == 16
 
 
@@ -201,12 +210,12 @@ def test_a_resumed_run_goes_on_as_one_that_was_not_stopped():
     resumed = make_callback(warmup=0)
     resumed.on_load_checkpoint(torch.load(buffer, weights_only=True))
     resumed.on_train_start(step=14, total_steps=40)
-    assert resumed.loss.newest.step == 11
+    assert resumed.exchange.newest.step == 11
     train(resumed, range(14, 22))
     assert list(resumed.cache) == list(straight.cache)
     for step in straight.cache:
         assert torch.equal(resumed.cache[step].f, straight.cache[step].f)
-    assert [plan.step for plan in resumed.loss.drawn] == [plan.step for plan in straight.loss.drawn]
+    assert [plan.step for plan in resumed.exchange.drawn] == [plan.step for plan in straight.exchange.drawn]
     assert resumed.made == straight.made
 
 
@@ -218,7 +227,7 @@ def test_a_plain_checkpoint_resumes_with_an_empty_cache_and_one_line(caplog):
         "=> no OTCO state in the checkpoint, starting with an empty plan cache"
     ]
     callback.on_train_start(step=5, total_steps=10)
-    assert callback.loss.newest is None
+    assert callback.exchange.newest is None
 
 
 def saved_state() -> dict:
@@ -234,7 +243,7 @@ def takes_up_and_trains(state) -> PlanCacheCallback:
     callback.on_load_checkpoint(state)
     callback.on_train_start(step=10, total_steps=40)
     v, t = paired_features(16, seed=0)
-    assert all(plan.image_features.shape[1] == v.shape[1] for plan in callback.loss.drawn)
+    assert all(plan.image_features.shape[1] == v.shape[1] for plan in callback.exchange.drawn)
     assert torch.isfinite(callback.loss(v, t, torch.tensor(10.0)))
     return callback
 
@@ -332,7 +341,7 @@ def test_the_gathered_batch_is_released_when_the_window_has_it():
     callback.on_train_start(step=0, total_steps=100)
     v, t = paired_features(16)
     callback.loss(v, t, torch.tensor(10.0))
-    gathered = [weakref.ref(side) for side in callback.loss.gathered]
+    gathered = [weakref.ref(side) for side in callback.exchange.features]
     callback.on_step_end(step=0, epoch=0, features={"image_features": v, "text_features": t}, losses={})
     gc.collect()
     assert [side() for side in gathered] == [None, None]
@@ -346,7 +355,7 @@ def test_a_window_that_fails_releases_the_gathered_batch_too(monkeypatch):
     callback.loss(v, t, torch.tensor(10.0))
     monkeypatch.setattr(callback.window, "add", lambda *features, step: 1 / 0)
     callback.on_step_end(step=0, epoch=0, features={"image_features": v, "text_features": t}, losses={})
-    assert callback.loss.gathered is None
+    assert callback.exchange.features is None
 
 
 # --- Runs in which no plan acts
@@ -435,12 +444,12 @@ def test_a_plan_that_is_too_old_acts_no_longer(caplog):
     train(callback, range(2))
     callback.solver = FailingSolver()
     train(callback, range(2, 7))
-    assert callback.loss.newest.step == 1
+    assert callback.exchange.newest.step == 1
     caplog.clear()
     train(callback, range(7, 20))  # at step 8 the plan is seven steps old, and three windows are six
     assert callback.acted == 6
-    assert callback.loss.newest is None
-    assert callback.loss.drawn == ()
+    assert callback.exchange.newest is None
+    assert callback.exchange.drawn == ()
     lines = [record.message for record in caplog.records]
     assert [line.split(" skipped")[0] for line in lines if " skipped, going on" in line] == [
         f"OTCO plan at step {step}" for step in (7, 11, 15, 19)
@@ -449,7 +458,7 @@ def test_a_plan_that_is_too_old_acts_no_longer(caplog):
     assert all("going on without a plan" in line for line in lines[2:])
     callback.solver = PlanSolver()
     train(callback, range(20, 23))
-    assert callback.loss.newest.step == 21
+    assert callback.exchange.newest.step == 21
 
 
 def test_of_an_old_and_a_new_plan_only_the_new_one_acts(caplog):
@@ -469,7 +478,7 @@ def test_a_run_without_failures_never_meets_the_age(caplog):
     callback.on_train_start(step=0, total_steps=100)
     train(callback, range(12))
     assert list(callback.cache) == [7, 9, 11]
-    assert len(callback.loss.drawn) == 1
+    assert len(callback.exchange.drawn) == 1
     assert caplog.text == ""
 
 

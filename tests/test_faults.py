@@ -216,8 +216,11 @@ def test_a_shard_that_disappears_half_way_costs_its_samples(lab: Lab, patched: P
 
 
 def callback(**solver: object) -> PlanCacheCallback:
+    """A callback; `callback.loss` is the loss whose plans it sets."""
     loss = OTCOLoss(confidence=1.0, transport_weight=0.5)
-    return PlanCacheCallback(loss, FeatureWindow(2), PlanCache(), PlanSolver(**solver), warmup=0.0)  # type: ignore[arg-type]
+    made = PlanCacheCallback(loss.exchange, FeatureWindow(2), PlanCache(), PlanSolver(**solver), warmup=0.0)
+    made.loss = loss
+    return made
 
 
 def steps(hook: PlanCacheCallback, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:

@@ -60,7 +60,7 @@ def plans(group, initial_plan="combinatorial"):
 
 def callback(group, steps=2):
     loss = OTCOLoss()
-    return PlanCacheCallback(loss, FeatureWindow(steps), PlanCache(), PlanSolver(0.1, group=group), warmup=0.0)
+    return PlanCacheCallback(loss.exchange, FeatureWindow(steps), PlanCache(), PlanSolver(0.1, group=group), warmup=0.0)
 
 
 def failing_rank(failing, world):
@@ -73,7 +73,7 @@ def train(hook, failing=None, rank=0):
     hook.on_train_start(step=0, total_steps=6)
     for step in range(6):
         batch = paired_features(256, seed=step)
-        hook.loss.gathered = Features(*batch)
+        hook.exchange.features = Features(*batch)
         with pytest.MonkeyPatch.context() as patch:
             if failing and step in (2, 3) and rank == failing_rank(failing, hook.solver.group.count):
                 _break(patch, failing, step, hook)

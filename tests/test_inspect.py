@@ -34,6 +34,7 @@ from openclip_otco.method.support import own_shares, row_shares, support_confide
 from openclip_otco.models.registry import prepare_model, register_models
 from openclip_otco.scenes.shards import Settings, write_scenes
 from openclip_otco.train.figures import add_figures, relative_brightness
+from openclip_otco.train.plan_log import PlanLog
 
 MODEL, WIDTH = "RN10t-bert-tiny", 256
 PARAMS = {"batch_size": 16, "accum_freq": 1, "world_size": 1}
@@ -126,15 +127,17 @@ def test_brightness_is_logarithmic():
 # --- TensorBoard ---------------------------------------------------------------------------------------------------
 
 
-def trained(steps: int, writer, coupling: str = "transport", **options) -> PlanCacheCallback:
+def trained(steps: int, writer, coupling: str = "transport", log_every: int = 100) -> PlanCacheCallback:
     """A callback after so many steps of a window of two."""
     loss = OTCOLoss(confidence=1.0)
     solver = PlanSolver(coupling=coupling)
-    callback = PlanCacheCallback(loss, FeatureWindow(2), PlanCache(3), solver, warmup=0, **options)
+    callback = PlanCacheCallback(
+        loss.exchange, FeatureWindow(2), PlanCache(3), solver, warmup=0, log=PlanLog(log_every)
+    )
     callback.on_train_start(step=0, total_steps=steps)
     for step in range(steps):
         v, t = paired_features(16, seed=step)
-        losses = callback.loss(v, t, torch.tensor(10.0), output_dict=True)
+        losses = loss(v, t, torch.tensor(10.0), output_dict=True)
         features = {"image_features": v, "text_features": t}
         callback.on_step_end(step=step, epoch=0, features=features, losses=losses, writer=writer)
     return callback
@@ -281,7 +284,7 @@ def state(plans: int, width: int = WIDTH) -> dict:
     cache = PlanCache(4)
     for step in range(plans):
         cache.add(PlanSolver().solve(*paired_features(48, d=width, seed=step), step=8 * step + 7))
-    callback = PlanCacheCallback(OTCOLoss(), FeatureWindow(8), cache, PlanSolver())
+    callback = PlanCacheCallback(OTCOLoss().exchange, FeatureWindow(8), cache, PlanSolver())
     callback.made, callback.skipped = plans, 1
     return {"otco": callback.on_save_checkpoint()}
 

@@ -18,7 +18,8 @@ from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 from openclip_otco import OTCOLoss, PlanSolver, TransportPlan
-from openclip_otco.method.loss import TRUSTS, Features
+from openclip_otco.method.features import Features
+from openclip_otco.method.loss import TRUSTS
 from openclip_otco.method.weights import log_negative_weights, tempered
 
 SCALE = torch.tensor(14.2857)
@@ -66,7 +67,7 @@ def reference_weights(confidence: Tensor, gamma: float, least_share: float) -> T
 def test_everything_off_is_clip_loss_to_the_bit(plan, cache_labels, with_plans):
     loss = OTCOLoss(confidence=0, negatives="none", cache_labels=cache_labels)
     if with_plans:
-        loss.set_plans([plan], plan)
+        loss.exchange.set_plans([plan], plan)
     images, texts = paired_features(32, seed=2)
     for ours, clip in zip(
         gradients(loss, images, texts), gradients(ClipLoss(cache_labels=cache_labels), images, texts), strict=True
@@ -101,7 +102,7 @@ def test_the_loss_is_its_formula(plan, gamma, least_share, transport, count):
     loss = OTCOLoss(
         confidence=gamma, trust="share", transport_weight=transport, least_share=least_share, negatives="none"
     )
-    loss.set_plans(drawn, newest=other)
+    loss.exchange.set_plans(drawn, newest=other)
     losses = loss(images, texts, SCALE, output_dict=True)
 
     weights = reference_weights(other.confidence(images, texts), gamma, least_share)
@@ -126,7 +127,7 @@ def test_the_loss_is_its_formula(plan, gamma, least_share, transport, count):
 def test_without_own_pairs_the_support_is_other_samples_alone(plan):
     images, texts = paired_features(32, seed=2)
     loss = OTCOLoss(confidence=0, negatives="none", transport_weight=0.7, own_pair=False)
-    loss.set_plans([plan], plan)
+    loss.exchange.set_plans([plan], plan)
     losses = loss(images, texts, SCALE, output_dict=True)
     ones = torch.ones(32)
     expected = 0.7 * (
@@ -141,11 +142,11 @@ def test_without_own_pairs_the_support_is_other_samples_alone(plan):
 def test_weights_have_mean_one_and_no_gradient(plan):
     images, texts = paired_features(32, seed=2)
     loss = OTCOLoss(confidence=1.5)
-    loss.set_plans([plan], plan)
+    loss.exchange.set_plans([plan], plan)
     weights = pair_weights(loss, images.requires_grad_(), texts.requires_grad_())
     assert weights.mean() == pytest.approx(1, rel=1e-5)
     assert not weights.requires_grad
-    assert 0 < float(loss.effective_share) <= 1
+    assert 0 < float(loss.exchange.effective_share) <= 1
 
 
 @settings(deadline=None, max_examples=100)
@@ -178,22 +179,22 @@ def test_posterior_weights_are_their_formula(plan):
     images, texts = paired_features(64, seed=2)
     texts = torch.cat([texts[:40], texts[40:].roll(7, 0)])
     loss = OTCOLoss(confidence=1.0, trust="posterior", least_share=0)
-    loss.set_plans([plan], plan)
+    loss.exchange.set_plans([plan], plan)
     weights = pair_weights(loss, images, texts)
     ratio = plan.log_mass(images, texts).double().exp()
     share = minimize_scalar(lambda p: -float((p * ratio + 1 - p).log().mean()), bounds=(0, 1), method="bounded").x
     posterior = share * ratio / (share * ratio + 1 - share)
     torch.testing.assert_close(weights.double(), posterior / posterior.mean(), rtol=1e-3, atol=1e-4)
-    assert float(loss.matched_share) == pytest.approx(share, abs=1e-3)
+    assert float(loss.exchange.matched_share) == pytest.approx(share, abs=1e-3)
 
 
 def test_clean_pairs_of_a_sharp_plan_weigh_one():
     sharp = PlanSolver(0.03).solve(*paired_features(256, seed=1))
     images, texts = paired_features(64, seed=2)
     loss = OTCOLoss(confidence=1.0, trust="posterior", least_share=0)
-    loss.set_plans([sharp], sharp)
+    loss.exchange.set_plans([sharp], sharp)
     assert pair_weights(loss, images, texts) == pytest.approx(torch.ones(64), abs=0.05)
-    assert float(loss.matched_share) > 0.95
+    assert float(loss.exchange.matched_share) > 0.95
 
 
 def test_a_plan_that_finds_next_to_no_matched_pairs_is_not_believed():
@@ -201,10 +202,10 @@ def test_a_plan_that_finds_next_to_no_matched_pairs_is_not_believed():
     images, texts = paired_features(64, seed=2)
     texts = torch.cat([texts[:6], texts[6:].roll(7, 0)])  # six pairs of 64 are matched
     loss = OTCOLoss(confidence=2.0, least_share=0.25)
-    loss.set_plans([plan], plan)
+    loss.exchange.set_plans([plan], plan)
     assert torch.equal(pair_weights(loss, images, texts), torch.ones(64))
-    assert float(loss.matched_share) < 0.25
-    assert float(loss.effective_share) == 1
+    assert float(loss.exchange.matched_share) < 0.25
+    assert float(loss.exchange.effective_share) == 1
     loss.least_share = 0.05
     weights = pair_weights(loss, images, texts)
     assert weights[:6].mean() > 3 * weights[6:].mean()
@@ -222,7 +223,7 @@ def test_wrong_captions_hardly_pull(trust, epsilon):
     wrong = torch.arange(64) >= 40
     texts = torch.where(wrong[:, None], texts.roll(7, 0), texts)
     loss = OTCOLoss(confidence=1.0, trust=trust, least_share=0)
-    loss.set_plans([plan], plan)
+    loss.exchange.set_plans([plan], plan)
     weights = pair_weights(loss, images, texts)
     assert weights[~wrong].mean() > 5 * weights[wrong].mean()
 
@@ -246,9 +247,9 @@ def test_weighted_negatives_are_their_formula(plan):
         own = e.diagonal()
         expected = -((own / (own + (rows * e).sum(1))).log() + (own / (own + (columns * e).sum(0))).log()).mean() / 2
         loss = OTCOLoss(confidence=0, negatives=negatives, negative_power=2.0)
-        loss.set_plans([plan], plan)
-        assert loss.acting
+        loss.exchange.set_plans([plan], plan)
         terms = loss(images, texts, SCALE, output_dict=True)
+        assert loss.exchange.plans_acted
         assert list(terms) == ["contrastive_loss"]
         torch.testing.assert_close(terms["contrastive_loss"].double(), expected, rtol=1e-5, atol=0)
         assert float(terms["contrastive_loss"]) > float(ClipLoss()(images, texts, SCALE))
@@ -259,15 +260,15 @@ def test_weighted_negatives_stand_beside_trust_and_bias(plan):
     bias = torch.tensor(-3.0)
     # Shares of the plan differ from pair to pair. Posteriors may all be 1 here, by the last digit of an estimate.
     loss = OTCOLoss(confidence=1.0, negatives="plan", negative_power=1.0, trust="share")
-    loss.set_plans([plan], plan)
+    loss.exchange.set_plans([plan], plan)
     both = loss(images, texts, SCALE, bias)
     # A bias that all logits have changes no softmax.
     torch.testing.assert_close(both, loss(images, texts, SCALE), rtol=1e-5, atol=0)
     loss.confidence = 0.0
     assert not torch.equal(both, loss(images, texts, SCALE, bias))
     loss.negative_power = 0.0
-    assert not loss.acting
     assert torch.equal(loss(images, texts, SCALE, bias), ClipLoss()(images, texts, SCALE, bias))
+    assert not loss.exchange.plans_acted
 
 
 @settings(deadline=None, max_examples=100)
@@ -294,7 +295,7 @@ def test_log_weights_of_negatives(n, columns, power, shift, seed):
 def test_the_plan_is_asked_for_what_is_used_alone(plan, monkeypatch):
     images, texts = paired_features(16, seed=2)
     loss = OTCOLoss(confidence=0, negatives="similarity")
-    loss.set_plans([plan], plan)
+    loss.exchange.set_plans([plan], plan)
     expected = loss(images, texts, SCALE)
     assert not torch.equal(expected, ClipLoss()(images, texts, SCALE))
     monkeypatch.delattr(TransportPlan, "potentials")
@@ -307,7 +308,7 @@ def test_the_plan_is_asked_for_what_is_used_alone(plan, monkeypatch):
 def test_a_pair_alone_has_no_negatives_to_weigh(plan):
     images, texts = paired_features(1)
     loss = OTCOLoss(negatives="plan")
-    loss.set_plans([plan], plan)
+    loss.exchange.set_plans([plan], plan)
     assert float(loss(images, texts, SCALE)) == 0
 
 
@@ -331,7 +332,7 @@ def test_a_nan_in_the_batch_is_left_to_the_training_loop(plan):
     images, texts = paired_features(32, seed=2)
     images[3] = float("nan")
     loss = OTCOLoss(confidence=1.0, transport_weight=0.5, divergence_weight=0.1, least_share=0.5)
-    loss.set_plans([plan], plan)
+    loss.exchange.set_plans([plan], plan)
     assert torch.isnan(loss(images, texts, SCALE))
 
 
@@ -339,7 +340,7 @@ def test_a_nan_in_the_batch_is_left_to_the_training_loop(plan):
 def test_autocast_features_train(plan, dtype):
     images, texts = (x.to(dtype).requires_grad_() for x in paired_features(32, seed=2))
     loss = OTCOLoss(confidence=1.0, transport_weight=0.5, divergence_weight=0.1, negatives="plan")
-    loss.set_plans([plan], plan)
+    loss.exchange.set_plans([plan], plan)
     with torch.autocast("cpu", dtype=dtype):
         total = loss(images, texts, SCALE)
     total.backward()
@@ -349,7 +350,7 @@ def test_autocast_features_train(plan, dtype):
 
 def test_plans_of_another_width_are_refused(plan):
     loss = OTCOLoss(confidence=1.0)
-    loss.set_plans((), plan)
+    loss.exchange.set_plans((), plan)
     with pytest.raises(ValueError, match="step 0 couples features of width 24, the model makes features of width 12"):
         loss(*paired_features(8, d=12), SCALE)
 
@@ -375,15 +376,15 @@ def _rank(rank: int, world: int, folder: Path) -> None:
         for trust in ("share", "posterior"):
             more = {"transport_weight": 0.5, "trust": trust, "negatives": "none"}
             losses[trust] = OTCOLoss(confidence=1.0, **more, **settings)
-            losses[trust].set_plans([plan], plan)
-            losses[trust].keeps_gathered = True
+            losses[trust].exchange.set_plans([plan], plan)
+            losses[trust].exchange.keeps_features = True
         for negatives in ("plan", "similarity"):
             losses[negatives] = OTCOLoss(confidence=1.0, negatives=negatives, negative_power=2.0, **settings)
-            losses[negatives].set_plans([plan], plan)
+            losses[negatives].exchange.set_plans([plan], plan)
         losses["divergence"] = OTCOLoss(confidence=0, divergence_weight=2.0, **settings)
         for name, loss in losses.items():
             out[f"{name}-{local_loss}-{gather_with_grad}"] = gradients(loss, images, texts)
-        assert all(torch.equal(x, y) for x, y in zip(losses["share"].gathered, everyone, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(losses["share"].exchange.features, everyone, strict=True))
     torch.save(out, folder / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -414,7 +415,7 @@ def test_ranks_with_plans_equal_one(ranks, plan, local_loss, gather_with_grad, n
         loss = OTCOLoss(confidence=1.0, transport_weight=0.5, trust=name, negatives="none")
     else:
         loss = OTCOLoss(confidence=1.0, negatives=name, negative_power=2.0)
-    loss.set_plans([plan], plan)
+    loss.exchange.set_plans([plan], plan)
     total, *grads, _ = gradients(loss, *paired_features(64, seed=2))
     with_plan = [rank[f"{name}-{local_loss}-{gather_with_grad}"] for rank in ranks]
     torch.testing.assert_close(torch.stack([rank[0] for rank in with_plan]).mean(), total, rtol=1e-5, atol=0)
@@ -441,11 +442,11 @@ def test_accumulated_batches_equal_the_large_one(plan, accum, negatives):
         return [F.normalize(tower(x[part]), dim=1) for tower, x in zip(towers, inputs, strict=True)]
 
     loss = OTCOLoss(confidence=1.0, transport_weight=0.5, negatives=negatives)
-    loss.set_plans([plan], plan)
-    loss.keeps_gathered = True
+    loss.exchange.set_plans([plan], plan)
+    loss.exchange.keeps_features = True
     loss(*encode(slice(None)), torch.tensor(10.0)).backward()
     expected = [p.grad.clone() for p in parameters]
-    gathered = loss.gathered
+    gathered = loss.exchange.features
     for p in parameters:
         p.grad = None
     parts = [slice(start, start + 64 // accum) for start in range(0, 64, 64 // accum)]
@@ -454,7 +455,7 @@ def test_accumulated_batches_equal_the_large_one(plan, accum, negatives):
     for j, part in enumerate(parts):
         features = [encode(part) if i == j else cached[i] for i in range(accum)]
         loss(*(torch.cat(side) for side in zip(*features, strict=True)), torch.tensor(10.0)).backward()
-        for ours, large in zip(loss.gathered, gathered, strict=True):
+        for ours, large in zip(loss.exchange.features, gathered, strict=True):
             torch.testing.assert_close(ours, large, rtol=0, atol=1e-6)
     for p, large in zip(parameters, expected, strict=True):
         torch.testing.assert_close(p.grad, large, rtol=0, atol=1e-5 * float(large.abs().max()))
@@ -471,20 +472,20 @@ def test_no_batch_is_kept_that_nobody_takes():
     images, texts = paired_features(8)
     loss = OTCOLoss()
     loss(images, texts, SCALE)
-    assert loss.gathered is None
-    loss.keeps_gathered = True
+    assert loss.exchange.features is None
+    loss.exchange.keeps_features = True
     loss(images.requires_grad_(), texts.requires_grad_(), SCALE)
-    taken = loss.take_gathered()
+    taken = loss.exchange.take_features()
     assert all(torch.equal(x, y) for x, y in zip(taken, (images, texts), strict=True))
     assert not any(side.requires_grad for side in taken)  # or the window would keep the graphs of its steps
-    assert loss.take_gathered() is None
+    assert loss.exchange.take_features() is None
 
 
 def test_the_docstring_example_runs(plan):
     image_features, text_features = paired_features(8)
     image_features.requires_grad_()
     loss = OTCOLoss()
-    loss.set_plans([plan], newest=plan)
+    loss.exchange.set_plans([plan], newest=plan)
     losses = loss(image_features, text_features, SCALE, output_dict=True)
     sum(losses.values()).backward()
     assert F.normalize(image_features.grad, dim=1).isfinite().all()

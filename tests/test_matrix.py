@@ -25,7 +25,7 @@ from allpairspy import AllPairs
 from forks import PATIENCE, start_ranks
 from torch import Tensor, nn
 
-from openclip_otco.method.loss import Features
+from openclip_otco.method.features import Features
 from openclip_otco.train.callback import PlanCacheCallback
 
 STEPS, WINDOW, PAIRS = 4, 2, 128

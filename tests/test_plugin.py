@@ -266,10 +266,10 @@ def test_loss_and_callback_get_the_flags(plugin, parse):
     assert (loss.least_share, loss.trust) == (0.4, "share")
     (callback,) = plugin.create_callbacks(args, loss)
     assert (callback.window.steps, callback.window.max_support, callback.cache.size) == (3, 99, 5)
-    assert (callback.plans_per_step, callback.warmup, callback.max_age, callback.log_every) == (2, 0.2, 9, 10)
+    assert (callback.plans_per_step, callback.warmup, callback.max_age, callback.log.every) == (2, 0.2, 9, 10)
     solver = callback.solver
     assert (solver.epsilon, solver.initial_plan, solver.additive_error, solver.seed) == (0.07, "emd", 0.3, 3)
-    assert callback.loss is loss
+    assert callback.exchange is loss.exchange
 
 
 def test_other_losses_get_no_callback(plugin, parse):

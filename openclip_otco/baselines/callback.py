@@ -12,11 +12,11 @@ from torch import Tensor
 
 from openclip_otco.baselines.moco import MoCoLoss
 from openclip_otco.baselines.momentum import MomentumEncoders
-from openclip_otco.method.loss import Features
-from openclip_otco.train.callback import ScalarWriter
+from openclip_otco.method.features import Features
+from openclip_otco.train.training_callback import PlanWriter, TrainingCallback
 
 
-class MomentumCallback:
+class MomentumCallback(TrainingCallback):
     """Keeps the momentum encoders, and MoCo's queue where there is one, equal on all ranks and in the checkpoint.
 
     Args:
@@ -40,9 +40,6 @@ class MomentumCallback:
         self.name, self.encoders, self.loss = name, encoders, loss
         self.device, self.world_size, self.master = device, world_size, master
 
-    def on_train_start(self, *, step: int, total_steps: int, writer: ScalarWriter | None = None) -> None:
-        """Nothing to do: the encoders began as a copy of the model, or with what was loaded."""
-
     def on_step_end(
         self,
         *,
@@ -50,18 +47,12 @@ class MomentumCallback:
         epoch: int,
         features: Mapping[str, Tensor],
         losses: Mapping[str, Tensor],
-        writer: ScalarWriter | None = None,
+        writer: PlanWriter | None = None,
     ) -> None:
         # All ranks have the same weights after a step, so that their encoders stay the same without a word.
         self.encoders.update()
         if self.loss is not None and self.loss.keys is not None:
             self.loss.queue.add(gathered(self.loss.keys, self.world_size))
-
-    def on_epoch_end(self, *, epoch: int, step: int, writer: ScalarWriter | None = None) -> None:
-        """Nothing to do: encoders and queue run on from epoch to epoch."""
-
-    def on_train_end(self, *, step: int, writer: ScalarWriter | None = None) -> None:
-        """Nothing to do."""
 
     def on_save_checkpoint(self) -> dict[str, Any]:
         """The state that goes into OpenCLIP's checkpoint: tensors and plain types only."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openclip_otco.method.loss import Features
+from openclip_otco.method.features import Features
 
 
 class KeyQueue:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openclip_otco.baselines.key_queue import KeyQueue
-from openclip_otco.method.loss import Features
+from openclip_otco.method.features import Features
 
 
 class MoCoLoss(nn.Module):

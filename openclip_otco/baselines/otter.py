@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 from torch import Tensor
 
 from openclip_otco.baselines.callback import gathered
-from openclip_otco.method.loss import Features
+from openclip_otco.method.features import Features
 from openclip_otco.ot import sinkhorn
 
 # η of the paper, in units of ε where that is large: it takes all mass from own pairs, as exp(-100) is zero in float32.
@@ -30,7 +32,8 @@ class OTTERLoss(ClipLoss):
     Args:
         share: `α` in `[0, 1]`; with 0 it is `ClipLoss` to the bit.
         epsilon: `ε > 0`, the paper's `λ`.
-        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: as in `open_clip.ClipLoss`.
+        clip_options: `local_loss`, `gather_with_grad`, `cache_labels`, `rank`, `world_size`, as in
+            `open_clip.ClipLoss`.
 
     Raises:
         ValueError: `share` outside `[0, 1]` or `epsilon` not positive.
@@ -40,21 +43,9 @@ class OTTERLoss(ClipLoss):
         self,
         share: float = 0.5,
         epsilon: float = 0.15,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        use_horovod: bool = False,
+        **clip_options: Any,
     ) -> None:
-        super().__init__(
-            local_loss=local_loss,
-            gather_with_grad=gather_with_grad,
-            cache_labels=cache_labels,
-            rank=rank,
-            world_size=world_size,
-            use_horovod=use_horovod,
-        )
+        super().__init__(**clip_options)
         if not 0 <= share <= 1:
             raise ValueError(f"share must lie in [0, 1]; got {share}")
         if not epsilon > 0:

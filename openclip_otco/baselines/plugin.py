@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import open_clip
 from torch import nn
@@ -22,6 +21,7 @@ from openclip_otco.train.options import (
     check_float64,
     check_options,
     check_run,
+    clip_options,
     count,
     end,
     positive,
@@ -93,19 +93,11 @@ class BaselinesPlugin:
     def create_loss(self, args: argparse.Namespace) -> nn.Module:
         if args.loss == "moco":
             return MoCoLoss(KeyQueue(args.moco_queue_size))
-        settings: dict[str, Any] = {
-            "local_loss": args.local_loss,
-            "gather_with_grad": args.gather_with_grad,
-            "cache_labels": True,
-            "rank": args.rank,
-            "world_size": args.world_size,
-            "use_horovod": args.horovod,
-        }
         if args.loss == "simclr":
-            return SimCLRLoss(args.simclr_weight, args.simclr_temperature, **settings)
+            return SimCLRLoss(args.simclr_weight, args.simclr_temperature, **clip_options(args))
         if args.loss == "rcl":
-            return RCLLoss(**settings)
-        return OTTERLoss(args.otter_share, args.otter_epsilon, **settings)
+            return RCLLoss(**clip_options(args))
+        return OTTERLoss(args.otter_share, args.otter_epsilon, **clip_options(args))
 
     def create_callbacks(self, args: argparse.Namespace, loss: object) -> list[MomentumCallback]:
         momentum = _momentum(args)

@@ -22,7 +22,8 @@ class RCLLoss(ClipLoss):
     A wrong caption is hardly ever a wrong negative. The own pair gains as the negatives lose, by the softmax alone.
 
     Args:
-        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: as in `open_clip.ClipLoss`.
+        clip_options: `local_loss`, `gather_with_grad`, `cache_labels`, `rank`, `world_size`, as in
+            `open_clip.ClipLoss`.
 
     Example::
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss, gather_features
@@ -21,7 +23,8 @@ class SimCLRLoss(ClipLoss):
     Args:
         weight: `w > 0`.
         temperature: `τ > 0`.
-        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: as in `open_clip.ClipLoss`.
+        clip_options: `local_loss`, `gather_with_grad`, `cache_labels`, `rank`, `world_size`, as in
+            `open_clip.ClipLoss`.
 
     Raises:
         ValueError: weight or temperature not positive.
@@ -31,21 +34,9 @@ class SimCLRLoss(ClipLoss):
         self,
         weight: float = 1.0,
         temperature: float = 0.1,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        use_horovod: bool = False,
+        **clip_options: Any,
     ) -> None:
-        super().__init__(
-            local_loss=local_loss,
-            gather_with_grad=gather_with_grad,
-            cache_labels=cache_labels,
-            rank=rank,
-            world_size=world_size,
-            use_horovod=use_horovod,
-        )
+        super().__init__(**clip_options)
         if not (weight > 0 and temperature > 0):
             raise ValueError(f"weight and temperature must be positive; got {weight} and {temperature}")
         self.weight, self.temperature = weight, temperature
@@ -81,7 +72,6 @@ class SimCLRLoss(ClipLoss):
                 gather_with_grad=self.gather_with_grad,
                 rank=self.rank,
                 world_size=self.world_size,
-                use_horovod=self.use_horovod,
             )
             if not self.local_loss:
                 first, second = all_first, all_second

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from openclip_otco.models.registry import home
 from openclip_otco.train.options import end
+from openclip_otco.train.training_callback import PlanWriter, TrainingCallback
 
 # Below this share of inputs seen before, the memory costs more than it saves.
 _LEAST_SHARE = 0.25
@@ -109,7 +110,7 @@ class FrozenFeaturesPlugin:
         return [FrozenFeaturesCallback(self._towers, master=args.rank == 0)] if self._towers else []
 
 
-class FrozenFeaturesCallback:
+class FrozenFeaturesCallback(TrainingCallback):
     """Saves what the towers remember after each epoch, and tells how often they did.
 
     Args:
@@ -123,20 +124,7 @@ class FrozenFeaturesCallback:
         self.towers, self.master = towers, master
         self._epochs = 0
 
-    def on_load_checkpoint(self, state: Mapping[str, Any] | None) -> None:
-        """Nothing to do: the memory is no part of a run's state."""
-
-    def on_save_checkpoint(self) -> dict[str, Any]:
-        """Nothing of it belongs into a checkpoint."""
-        return {}
-
-    def on_train_start(self, *, step: int, total_steps: int, writer: object) -> None:
-        """Nothing to do: files are read when a tower is first used."""
-
-    def on_step_end(self, *, step: int, epoch: int, features: object, losses: object, writer: object) -> None:
-        """Nothing to do."""
-
-    def on_epoch_end(self, *, epoch: int, step: int, writer: object) -> None:
+    def on_epoch_end(self, *, epoch: int, step: int, writer: PlanWriter | None = None) -> None:
         """Saves on each rank, as each saw inputs of its own."""
         self._epochs += 1
         told = []
@@ -159,6 +147,3 @@ class FrozenFeaturesCallback:
                 logging.warning(f"Frozen features: {memory.path} cannot be written, going on without. {error}")
         if self.master and told:
             logging.info(f"Frozen Features: {' '.join(told)}")
-
-    def on_train_end(self, *, step: int, writer: object) -> None:
-        """Nothing to do: the last epoch's end has saved."""

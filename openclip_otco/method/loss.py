@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,6 +11,8 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss, gather_features
 from torch import Tensor
 
+from openclip_otco.method.exchange import PlanExchange
+from openclip_otco.method.features import Features
 from openclip_otco.method.plan import Potentials, TransportPlan
 from openclip_otco.method.posterior import log_posterior, matched_share
 from openclip_otco.method.weights import NEGATIVES, log_negative_weights, tempered
@@ -20,13 +21,6 @@ from openclip_otco.ot.defaults import EPSILON
 
 # What trust in a pair is: the probability that it is matched, or the method's plan confidence.
 TRUSTS = ("posterior", "share")
-
-
-class Features(NamedTuple):
-    """Image and text features, `(n, d)` each; row `i` of both is one pair."""
-
-    images: Tensor
-    texts: Tensor
 
 
 class Asked(NamedTuple):
@@ -51,8 +45,8 @@ class OTCOLoss(ClipLoss):
           + μ · S_ε(V, T)
 
     In the first term `log w_ij` is added to the logit of the negative `(i, j)` (`method/weights.py`). `v'` is
-    compared among texts and `t'` among images, never across. Until plans are set (`set_plans`), and with
-    `λ = γ = μ = β = 0`, it is `ClipLoss` to the bit.
+    compared among texts and `t'` among images, never across. Until plans are set (`exchange.set_plans`), and
+    with `λ = γ = μ = β = 0`, it is `ClipLoss` to the bit.
 
     Args:
         confidence: `γ >= 0`, the power of the plan confidence that makes the weights `c_i`; 0 switches them off.
@@ -71,7 +65,11 @@ class OTCOLoss(ClipLoss):
             samples alone, and `(v', t)` is no positive pair; to compare with.
         divergence_weight: `μ >= 0`, of the Sinkhorn divergence between the batch's images and texts.
         epsilon: `ε` of that divergence, in units of the cost.
-        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: as in `open_clip.ClipLoss`.
+        clip_options: `local_loss`, `gather_with_grad`, `cache_labels`, `rank`, `world_size`, as in
+            `open_clip.ClipLoss`.
+
+    Attributes:
+        exchange: where plans are set, and where the loss says what it found in a step (`PlanExchange`).
 
     Raises:
         ValueError: a negative weight, a share outside `[0, 1]`, or a trust or negatives that there are not.
@@ -79,7 +77,7 @@ class OTCOLoss(ClipLoss):
     Example::
 
         loss = OTCOLoss()
-        loss.set_plans([plan], newest=plan)
+        loss.exchange.set_plans([plan], newest=plan)
         losses = loss(image_features, text_features, logit_scale, output_dict=True)
         sum(losses.values()).backward()
     """
@@ -95,21 +93,9 @@ class OTCOLoss(ClipLoss):
         trust: str = "posterior",
         negatives: str = "plan",
         negative_power: float = 0.6,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        use_horovod: bool = False,
+        **clip_options: Any,
     ) -> None:
-        super().__init__(
-            local_loss=local_loss,
-            gather_with_grad=gather_with_grad,
-            cache_labels=cache_labels,
-            rank=rank,
-            world_size=world_size,
-            use_horovod=use_horovod,
-        )
+        super().__init__(**clip_options)
         for name, weight in (
             ("confidence", confidence),
             ("transport_weight", transport_weight),
@@ -132,32 +118,11 @@ class OTCOLoss(ClipLoss):
         self.own_pair = own_pair
         self.divergence_weight = divergence_weight
         self.epsilon = epsilon
-        self.drawn: tuple[TransportPlan, ...] = ()
-        self.newest: TransportPlan | None = None
-        # Whether the gathered batch of each call is kept until somebody takes it, as the callback does.
-        self.keeps_gathered = False
-        self.gathered: Features | None = None
-        self.effective_share: Tensor | None = None
-        self.matched_share: Tensor | None = None
-
-    def set_plans(self, drawn: Sequence[TransportPlan], newest: TransportPlan | None) -> None:
-        """The plans of the coming steps: `drawn` generate the transported pairs, `newest` measures confidence."""
-        self.drawn, self.newest = tuple(drawn), newest
-
-    @property
-    def acting(self) -> bool:
-        """Whether plans change the loss: there are some, and what they do has a weight."""
-        asks = self.newest is not None and (self.confidence or self._weighs_negatives)
-        return bool(asks or (self.transport_weight and self.drawn))
+        self.exchange = PlanExchange()
 
     @property
     def _weighs_negatives(self) -> bool:
         return bool(self.negatives != "none" and self.negative_power)
-
-    def take_gathered(self) -> Features | None:
-        """The global batch of the last call, without gradient; the loss keeps it no longer."""
-        gathered, self.gathered = self.gathered, None
-        return gathered
 
     def forward(
         self,
@@ -176,7 +141,7 @@ class OTCOLoss(ClipLoss):
         Raises:
             ValueError: the plans are of features of another width.
         """
-        for plan in (*self.drawn, *([] if self.newest is None else [self.newest])):
+        for plan in self.exchange.plans():
             if plan.image_features.shape[1] != image_features.shape[1]:
                 raise ValueError(
                     f"the plan of step {plan.step} couples features of width {plan.image_features.shape[1]}, the model "
@@ -184,16 +149,17 @@ class OTCOLoss(ClipLoss):
                 )
         local = Features(image_features, text_features)
         everyone = self._gather(local)
-        if self.keeps_gathered:
-            # The callback's window is fed from here: no second collective.
-            self.gathered = Features(everyone.images.detach(), everyone.texts.detach())
+        # The window is fed from here: no second collective.
+        self.exchange.keep(everyone)
         rows = local if self.local_loss else everyone
         asked = self._ask(local)
         weights = self._weights(asked)
+        transports = bool(self.transport_weight and self.exchange.drawn)
+        self.exchange.plans_acted = transports or weights is not None or (asked is not None and self._weighs_negatives)
         losses = {"contrastive_loss": self._info_nce(rows, everyone, logit_scale, logit_bias, weights, asked)}
-        if self.transport_weight and self.drawn:
+        if transports:
             total = torch.zeros((), device=image_features.device)
-            for plan in self.drawn:
+            for plan in self.exchange.drawn:
                 moved = self._transported(plan, local)
                 moved_everyone = self._gather(moved)
                 moved = moved if self.local_loss else moved_everyone
@@ -202,7 +168,7 @@ class OTCOLoss(ClipLoss):
                     (Features(rows.images, moved.texts), Features(everyone.images, moved_everyone.texts)),
                 ):
                     total = total + self._info_nce(x, all_x, logit_scale, None, weights)
-            losses["transport_loss"] = self.transport_weight / len(self.drawn) * total
+            losses["transport_loss"] = self.transport_weight / len(self.exchange.drawn) * total
         if self.divergence_weight:
             losses["divergence_loss"] = self.divergence_weight * self._divergence(local, everyone)
         return losses if output_dict else reduce(torch.add, losses.values())
@@ -218,7 +184,6 @@ class OTCOLoss(ClipLoss):
                 gather_with_grad=self.gather_with_grad,
                 rank=self.rank,
                 world_size=self.world_size,
-                use_horovod=self.use_horovod,
             )
         )
 
@@ -237,7 +202,7 @@ class OTCOLoss(ClipLoss):
 
     def _ask(self, local: Features) -> Asked | None:
         """What the newest plan says of the global batch, as far as it is used; `None` without a plan."""
-        plan = self.newest
+        plan = self.exchange.newest
         if plan is None:
             return None
         wants_potentials = self._weighs_negatives and self.negatives == "plan"
@@ -254,16 +219,17 @@ class OTCOLoss(ClipLoss):
 
     def _weights(self, asked: Asked | None) -> Tensor | None:
         """`c_i` of the rows of the logits, `(rows,)`, mean 1 over the global batch; `None` where all are 1."""
-        self.effective_share = self.matched_share = None
+        exchange = self.exchange
+        exchange.effective_share = exchange.matched_share = None
         if not self.confidence or asked is None or asked.log_trust is None:
             return None
         log_trust = asked.log_trust
         if self.trust == "posterior":
-            self.matched_share = matched_share(log_trust)
-            log_trust = log_posterior(log_trust, self.matched_share)
+            exchange.matched_share = matched_share(log_trust)
+            log_trust = log_posterior(log_trust, exchange.matched_share)
             # So few matched pairs say that the plan is a young model's, and not that the captions are wrong.
-            log_trust = torch.where(self.matched_share < self.least_share, 0.0, log_trust)
-        weights, self.effective_share = tempered(log_trust, self.confidence, self.least_share)
+            log_trust = torch.where(exchange.matched_share < self.least_share, 0.0, log_trust)
+        weights, exchange.effective_share = tempered(log_trust, self.confidence, self.least_share)
         if self.local_loss and self.world_size > 1:
             weights = weights.chunk(self.world_size)[self.rank]
         return weights
@@ -312,9 +278,9 @@ class OTCOLoss(ClipLoss):
 
     def _log_weights(self, logits: Tensor, scale: Tensor, own: Tensor, potential: Tensor | None) -> Tensor:
         """`log w_ij` of the negatives in these logits, in which no bias is yet."""
-        assert self.newest is not None
+        assert self.exchange.newest is not None
         similarity = logits.detach() / scale.detach()
-        return log_negative_weights(similarity, own, self.negative_power / self.newest.epsilon, potential)
+        return log_negative_weights(similarity, own, self.negative_power / self.exchange.newest.epsilon, potential)
 
     def _transported(self, plan: TransportPlan, pairs: Features) -> Features:
         """`v'` and `t'` of the pairs. `v'` lives among texts and `t'` among images."""

@@ -12,7 +12,7 @@ from openclip_otco.method.plan import TransportPlan
 from openclip_otco.method.support import row_shares, support_confidence
 
 if TYPE_CHECKING:
-    from openclip_otco.train.callback import PlanWriter
+    from openclip_otco.train.training_callback import PlanWriter
 
 # Pairs in the heat map, and pixels of a pair.
 _PAIRS, _PIXELS = 64, 4

@@ -91,6 +91,17 @@ def check_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None
             end(parser, f"argument {flag}: {problem}")
 
 
+def clip_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What OpenCLIP gives to each `ClipLoss`, from its own arguments."""
+    return {
+        "local_loss": args.local_loss,
+        "gather_with_grad": args.gather_with_grad,
+        "cache_labels": True,
+        "rank": args.rank,
+        "world_size": args.world_size,
+    }
+
+
 def check_float64(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends on a device that cannot make plans: parts of them are computed in float64."""
     if args.device.partition(":")[0] == "mps":

@@ -19,12 +19,14 @@ from openclip_otco.train.options import (
     check_float64,
     check_options,
     check_run,
+    clip_options,
     count,
     end,
     positive,
     share,
     weight,
 )
+from openclip_otco.train.plan_log import PlanLog
 
 OPTIONS = (
     Option("--otco-window", 8, "Optimizer steps between two plan updates.", count, "at least 1"),
@@ -112,12 +114,7 @@ class OTCOPlugin:
             trust=args.otco_trust,
             negatives=args.otco_negatives,
             negative_power=args.otco_negative_power,
-            local_loss=args.local_loss,
-            gather_with_grad=args.gather_with_grad,
-            cache_labels=True,
-            rank=args.rank,
-            world_size=args.world_size,
-            use_horovod=args.horovod,
+            **clip_options(args),
         )
 
     def create_callbacks(self, args: argparse.Namespace, loss: object) -> list[PlanCacheCallback]:
@@ -125,7 +122,7 @@ class OTCOPlugin:
             return []
         return [
             PlanCacheCallback(
-                loss=loss,
+                exchange=loss.exchange,
                 window=FeatureWindow(args.otco_window, args.otco_max_support, args.seed),
                 cache=PlanCache(args.otco_cache_size, args.seed),
                 solver=PlanSolver(
@@ -140,8 +137,6 @@ class OTCOPlugin:
                 warmup=args.otco_warmup,
                 max_age=args.otco_max_age,
                 device=args.device,
-                log_every=args.log_every_n_steps,
-                master=args.rank == 0,
-                wandb=args.wandb,
+                log=PlanLog(args.log_every_n_steps, master=args.rank == 0, wandb=args.wandb),
             )
         ]

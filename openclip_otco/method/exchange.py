@@ -1,0 +1,59 @@
+"""What the loss and the maker of its plans tell each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from openclip_otco.method.features import Features
+from openclip_otco.method.plan import TransportPlan
+
+
+@dataclass
+class PlanExchange:
+    """Held by the loss. Before a step somebody sets its plans; the loss writes down what it found in the step.
+
+    Attributes:
+        drawn: the plans that generate the transported pairs.
+        newest: the plan that measures trust and weighs negatives; `None`: there is none yet.
+        keeps_features: whether the loss leaves its features here, until somebody takes them.
+        features: the global batch of the last call, without gradient; `None`: not kept, or taken.
+        plans_acted: whether plans changed the loss of the last call.
+        effective_share: the share of the batch that carried the last loss, a scalar; `None`: all pairs alike.
+        matched_share: the share of matched pairs that the plan found, a scalar; `None`: not estimated.
+
+    Example::
+
+        loss = OTCOLoss()
+        loss.exchange.set_plans([plan], newest=plan)
+        loss(image_features, text_features, logit_scale).backward()
+        print(loss.exchange.matched_share)
+    """
+
+    drawn: tuple[TransportPlan, ...] = ()
+    newest: TransportPlan | None = None
+    keeps_features: bool = False
+    features: Features | None = None
+    plans_acted: bool = False
+    effective_share: Tensor | None = None
+    matched_share: Tensor | None = None
+
+    def set_plans(self, drawn: Sequence[TransportPlan], newest: TransportPlan | None) -> None:
+        """The plans of the coming steps."""
+        self.drawn, self.newest = tuple(drawn), newest
+
+    def plans(self) -> tuple[TransportPlan, ...]:
+        """All plans that the coming step may use."""
+        return self.drawn if self.newest is None else (*self.drawn, self.newest)
+
+    def keep(self, features: Features) -> None:
+        """Keeps the features of the global batch if somebody wants them."""
+        if self.keeps_features:
+            self.features = features.detach()
+
+    def take_features(self) -> Features | None:
+        """The features that were kept; they are kept no longer, so that their memory is free."""
+        features, self.features = self.features, None
+        return features

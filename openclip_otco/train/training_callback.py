@@ -1,0 +1,61 @@
+"""What OpenCLIP's training script calls while it trains. A callback overrides what concerns it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class ScalarWriter(Protocol):
+    """What is used of TensorBoard's `SummaryWriter` for numbers."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
+
+
+class PlanWriter(ScalarWriter, Protocol):
+    """What is used of TensorBoard's `SummaryWriter` for numbers and figures of plans."""
+
+    def add_histogram(self, tag: str, values: Any, global_step: int) -> None: ...
+    def add_image(self, tag: str, img_tensor: Any, global_step: int, dataformats: str) -> None: ...
+
+
+class TrainingCallback:
+    """A callback that does nothing; base of those of the package.
+
+    `open_clip_train.plugins.Callback` says when each method is called. That module exists only where OpenCLIP is
+    patched, so that it can not be the base.
+
+    Attributes:
+        name: key of the callback's state in OpenCLIP's checkpoint.
+    """
+
+    name = ""
+
+    def on_load_checkpoint(self, state: Mapping[str, Any] | None) -> None:
+        """Takes up what `on_save_checkpoint` returned; `None`: the checkpoint has nothing of this callback."""
+
+    def on_train_start(self, *, step: int, total_steps: int, writer: PlanWriter | None = None) -> None:
+        """Called once, with the first step to run and the number of all steps."""
+
+    def on_step_end(
+        self,
+        *,
+        step: int,
+        epoch: int,
+        features: Mapping[str, Tensor],
+        losses: Mapping[str, Tensor],
+        writer: PlanWriter | None = None,
+    ) -> None:
+        """Called after each optimizer step."""
+
+    def on_epoch_end(self, *, epoch: int, step: int, writer: PlanWriter | None = None) -> None:
+        """Called after each epoch, before its checkpoint is saved."""
+
+    def on_train_end(self, *, step: int, writer: PlanWriter | None = None) -> None:
+        """Called once, after the last epoch."""
+
+    def on_save_checkpoint(self) -> dict[str, Any]:
+        """The state that goes into OpenCLIP's checkpoint: tensors and plain types only."""
+        return {}
