@@ -6,6 +6,8 @@ import logging
 import multiprocessing
 import os
 import re
+from collections import Counter
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -140,6 +142,35 @@ def test_processes_may_save_at_once(tmp_path: Path) -> None:
     memory, encoder = FeatureMemory(path), Counting()
     assert torch.equal(memory(numbered(*range(30)), encoder), encode(numbered(*range(30))))
     assert not encoder.got
+
+
+def _replace_again_and_again(path: Path, stop: Event) -> None:
+    """Files of one row and of many take each other's place."""
+    while not stop.is_set():
+        for numbers in (range(1), range(40)):
+            memory = FeatureMemory(path.with_name("other"))
+            memory(numbered(*numbers), encode)
+            memory.save(everything=True)
+            memory.path.replace(path)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_one_of_the_two(tmp_path: Path) -> None:
+    path, context = tmp_path / "image.safetensors", multiprocessing.get_context("fork")
+    stop = context.Event()
+    writer = context.Process(target=_replace_again_and_again, args=(path, stop), daemon=True)
+    writer.start()
+    lengths, expected = Counter(), encode(numbered(*range(40)))
+    try:
+        while len(lengths) < 2 or sum(lengths.values()) < 1000:
+            assert writer.is_alive()
+            memory = FeatureMemory(path)
+            if n := len(memory):
+                lengths[n] += 1
+                assert torch.equal(memory(numbered(*range(n)), encode), expected[:n])
+    finally:
+        stop.set()
+        writer.join(60)
+    assert lengths.keys() == {1, 40}
 
 
 @pytest.mark.parametrize("content", [b"", b"no tensors"])

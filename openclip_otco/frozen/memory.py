@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from openclip_otco.files import locked
@@ -105,7 +105,9 @@ def _read(path: Path) -> dict[bytes, Tensor]:
     if not path.is_file():
         return {}
     try:
-        content = load_file(str(path))
+        # Not load_file, which opens the file twice: another process may have replaced it in between, and features would
+        # be read at the places of the old file.
+        content = load(path.read_bytes())
         keys, features = content["keys"], content["features"]
         if len(keys) != len(features):
             raise ValueError(f"{len(keys)} keys, {len(features)} features")
