@@ -144,7 +144,7 @@ def moco_steps(callback: MomentumCallback, count: int) -> None:
         callback.loss(**model.train()(*batch(8, seed=step)))
         for p in model.parameters():
             p.data.mul_(0.99)
-        callback.on_step_end(step=step, epoch=0, features={}, losses={})
+        callback.on_step_end(step=step, epoch=0, losses={})
 
 
 def saved(state: Any) -> Any:

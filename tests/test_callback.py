@@ -59,8 +59,7 @@ def train(callback: PlanCacheCallback, steps: range, writer=None, batch: int = 1
     for step in steps:
         v, t = paired_features(batch, seed=step)
         losses = callback.loss(v, t, torch.tensor(10.0), output_dict=True)
-        features = {"image_features": v, "text_features": t}
-        callback.on_step_end(step=step, epoch=0, features=features, losses=losses, writer=writer)
+        callback.on_step_end(step=step, epoch=0, losses=losses, writer=writer)
 
 
 def test_a_plan_is_made_of_every_window():
@@ -121,7 +120,7 @@ def test_a_batch_of_nan_costs_its_pairs_only():
     train(callback, range(3))
     nan = torch.full((16, 24), float("nan"))
     callback.loss(nan, nan, torch.tensor(10.0))
-    callback.on_step_end(step=3, epoch=0, features={"image_features": nan, "text_features": nan}, losses={})
+    callback.on_step_end(step=3, epoch=0, losses={})
     assert len(callback.exchange.newest) == 48
     assert callback.window.dropped == 16
 
@@ -130,7 +129,8 @@ def test_a_window_of_nan_skips_the_plan():
     callback = make_callback(window=1)
     callback.on_train_start(step=0, total_steps=10)
     nan = torch.full((16, 24), float("nan"))
-    callback.on_step_end(step=0, epoch=0, features={"image_features": nan, "text_features": nan}, losses={})
+    callback.loss(nan, nan, torch.tensor(10.0))
+    callback.on_step_end(step=0, epoch=0, losses={})
     assert callback.skipped == 1
 
 
@@ -342,10 +342,18 @@ def test_the_gathered_batch_is_released_when_the_window_has_it():
     v, t = paired_features(16)
     callback.loss(v, t, torch.tensor(10.0))
     gathered = [weakref.ref(side) for side in callback.exchange.features]
-    callback.on_step_end(step=0, epoch=0, features={"image_features": v, "text_features": t}, losses={})
+    callback.on_step_end(step=0, epoch=0, losses={})
     gc.collect()
     assert [side() for side in gathered] == [None, None]
     assert len(callback.window) == 1
+
+
+def test_a_step_without_a_call_of_the_loss_skips_the_plan(caplog):
+    callback = make_callback(window=1)
+    callback.on_train_start(step=0, total_steps=100)
+    callback.on_step_end(step=0, epoch=0, losses={})
+    assert (callback.made, callback.skipped) == (0, 1)
+    assert "the loss was not called in this step" in caplog.text
 
 
 def test_a_window_that_fails_releases_the_gathered_batch_too(monkeypatch):
@@ -354,7 +362,7 @@ def test_a_window_that_fails_releases_the_gathered_batch_too(monkeypatch):
     v, t = paired_features(16)
     callback.loss(v, t, torch.tensor(10.0))
     monkeypatch.setattr(callback.window, "add", lambda *features, step: 1 / 0)
-    callback.on_step_end(step=0, epoch=0, features={"image_features": v, "text_features": t}, losses={})
+    callback.on_step_end(step=0, epoch=0, losses={})
     assert callback.exchange.features is None
 
 

@@ -230,8 +230,7 @@ def steps(hook: PlanCacheCallback, batches: list[tuple[torch.Tensor, torch.Tenso
     for step, (v, t) in enumerate(batches):
         terms = hook.loss(v, t, torch.tensor(10.0), output_dict=True)
         losses.append(float(sum(terms.values())))
-        features = {"image_features": v, "text_features": t}
-        hook.on_step_end(step=step, epoch=0, features=features, losses=terms)
+        hook.on_step_end(step=step, epoch=0, losses=terms)
     return losses
 
 

@@ -77,7 +77,7 @@ def train(hook, failing=None, rank=0):
         with pytest.MonkeyPatch.context() as patch:
             if failing and step in (2, 3) and rank == failing_rank(failing, hook.solver.group.count):
                 _break(patch, failing, step, hook)
-            hook.on_step_end(step=step, epoch=0, features={}, losses={})
+            hook.on_step_end(step=step, epoch=0, losses={})
     return hook
 
 

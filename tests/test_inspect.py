@@ -138,8 +138,7 @@ def trained(steps: int, writer, coupling: str = "transport", log_every: int = 10
     for step in range(steps):
         v, t = paired_features(16, seed=step)
         losses = loss(v, t, torch.tensor(10.0), output_dict=True)
-        features = {"image_features": v, "text_features": t}
-        callback.on_step_end(step=step, epoch=0, features=features, losses=losses, writer=writer)
+        callback.on_step_end(step=step, epoch=0, losses=losses, writer=writer)
     return callback
 
 

@@ -45,9 +45,9 @@ class MomentumCallback(TrainingCallback):
         *,
         step: int,
         epoch: int,
-        features: Mapping[str, Tensor],
         losses: Mapping[str, Tensor],
         writer: PlanWriter | None = None,
+        **_: object,
     ) -> None:
         # All ranks have the same weights after a step, so that their encoders stay the same without a word.
         self.encoders.update()

@@ -77,7 +77,7 @@ class BaselinesPlugin:
         if args.loss == "otter":
             check_float64(parser, args)
         for flag in ("torchscript", "trace"):
-            if getattr(args, flag):
+            if getattr(args, flag, False):  # OpenCLIP 4 has them no longer
                 end(parser, f"argument --{flag}: not supported by --loss {args.loss}, which hooks into the model")
         # Steps of 1 - m are lost in the rounding of half-precision weights.
         if _momentum(args) is not None and args.precision in ("fp16", "bf16", "pure_fp16", "pure_bf16"):

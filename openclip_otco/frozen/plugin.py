@@ -72,7 +72,7 @@ class FrozenFeaturesPlugin:
                 "drop --lock-image-freeze-bn-stats: a remembered tower's statistics are frozen as they are, and that "
                 "flag takes the activations away that timm keeps in its batch norms"
             )
-        if args.torchscript or args.trace:
+        if getattr(args, "torchscript", False) or getattr(args, "trace", False):  # OpenCLIP 4 has them no longer
             refuse("not with --torchscript or --trace")
         try:
             Path(args.frozen_features).mkdir(parents=True, exist_ok=True)

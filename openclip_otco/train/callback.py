@@ -87,14 +87,14 @@ class PlanCacheCallback(TrainingCallback):
         *,
         step: int,
         epoch: int,
-        features: Mapping[str, Tensor],
         losses: Mapping[str, Tensor],
         writer: PlanWriter | None = None,
+        **_: object,
     ) -> None:
         """Called after each optimizer step; every `Δ` of them make a plan."""
         self.steps += 1
         self.acted += self.exchange.plans_acted
-        self._feed(features, step)
+        self._feed(step)
         try:
             plan = self._make_plan(step) if self.window.full else None
         except Exception as error:  # whatever it is, no plan is worth a run
@@ -175,9 +175,11 @@ class PlanCacheCallback(TrainingCallback):
                 f"--otco-warmup {self.warmup} takes all of {total_steps} steps. Choose a smaller share."
             )
 
-    def _feed(self, features: Mapping[str, Tensor], step: int) -> None:
+    def _feed(self, step: int) -> None:
         try:
-            batch = self.exchange.take_features() or (features["image_features"], features["text_features"])
+            batch = self.exchange.take_features()
+            if batch is None:
+                raise RuntimeError("the loss was not called in this step")
             self.window.add(*batch, step=step)
         except Exception as error:
             # Not the time to tell: the other ranks only listen when a plan is due.

@@ -80,7 +80,7 @@ def check_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None
     loss = args.loss
     if "coca" in args.model.lower():
         end(parser, f"argument --loss: {loss} does not train CoCa models; choose a CLIP model or --loss clip")
-    if args.horovod:
+    if getattr(args, "horovod", False):  # OpenCLIP 4 has it no longer
         end(parser, f"argument --horovod: not supported by --loss {loss}; use torchrun, or --loss clip")
     if args.distill_model is not None or args.distill_pretrained is not None:
         end(parser, f"argument --loss: {loss} does not distill; drop --distill-model or use --loss clip")

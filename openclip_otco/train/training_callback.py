@@ -44,11 +44,11 @@ class TrainingCallback:
         *,
         step: int,
         epoch: int,
-        features: Mapping[str, Tensor],
         losses: Mapping[str, Tensor],
         writer: PlanWriter | None = None,
+        **_: object,
     ) -> None:
-        """Called after each optimizer step."""
+        """Called after each optimizer step. OpenCLIP 3 gives the features too, OpenCLIP 4 does not."""
 
     def on_epoch_end(self, *, epoch: int, step: int, writer: PlanWriter | None = None) -> None:
         """Called after each epoch, before its checkpoint is saved."""
