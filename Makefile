@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install patch lint browser test test-matrix quickstart results study page study-calibrated study-cleaned study-quick bench step-cost scaling screenshots clean
+.PHONY: install patch lint browser test test-matrix docs flags quickstart results study page study-calibrated study-cleaned study-quick bench step-cost scaling screenshots clean
 
 install: patch
 
@@ -45,6 +45,15 @@ test: install browser
 test-matrix: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_matrix.py -m training -n 0 -o timeout=3600
 
+# The site, in build/site; what it warns of is an error.
+docs: install
+	$(BIN)/python -m pip install --progress-bar off -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+# The page of all flags, from the parsers.
+flags: install
+	HF_HUB_OFFLINE=1 $(BIN)/python docs/flags.py
+
 quickstart: install
 	HF_HUB_OFFLINE=1 $(BIN)/openclip-otco compare quickstart --out runs/quickstart
 
@@ -62,11 +71,13 @@ study: install
 		HF_HUB_OFFLINE=1 $(BIN)/openclip-otco compare flickr8k-$$study --out runs/flickr8k --jobs 2 || exit 1; \
 		cp runs/flickr8k/results.jsonl runs/flickr8k/flickr8k-$$study.jsonl; done
 
-# The page of results, after the files NAME.jsonl of the studies above were put into docs/results.
+# The pages that have numbers, README among them, after the files NAME.jsonl of the studies above were put into docs/results.
 page: install
 	$(BIN)/openclip-otco results docs/results --figures
 	$(BIN)/openclip-otco results docs/results --template audit.md.jinja --out docs/audit.md --figures
 	$(BIN)/openclip-otco results docs/results --template calibrate.md.jinja --out docs/calibrate.md
+	$(BIN)/openclip-otco results docs/results --template quickstart.md.jinja --out docs/quickstart.md
+	$(BIN)/openclip-otco results docs/results --template readme.md.jinja --out README.md
 
 # After `make study`: search with its checkpoints, calibrated by plans and by the inverted softmax.
 study-calibrated: install
