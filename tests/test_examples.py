@@ -1,4 +1,4 @@
-"""The examples: a loss against its formula in float64 and through OpenCLIP's own script."""
+"""The examples: a loss against its formula in float64 and through OpenCLIP's own script, a plan against POT's."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import ot
 import pytest
 import torch
 from conftest import paired_features
 from hook_fixtures import Lab
 from open_clip.loss import ClipLoss
+from PIL import Image
 from torch import Tensor
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from openclip_otco.method.solver import PlanSolver
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +78,47 @@ def test_my_loss_trains(lab: Lab, patched: Path, entry_point: str) -> None:
     assert "Loss: smoothed (plugin my-loss)" in both[0].output
     assert found[1] == found[0]
     assert found[2] != found[0]
+
+
+@pytest.fixture(scope="module")
+def ten_pictures() -> dict[str, Any]:
+    return runpy.run_path(str(EXAMPLES / "plan_of_ten_pictures.py"))
+
+
+def test_masses_are_those_of_pot(ten_pictures: dict[str, Any]) -> None:
+    images, texts = paired_features(10)
+    mass = ten_pictures["masses"](PlanSolver(epsilon=0.1, tolerance=1e-6).solve(images, texts))
+    cost = 1 - images.double() @ texts.double().T
+    assert mass == pytest.approx(ot.sinkhorn([], [], cost.numpy(), 0.1, method="sinkhorn_log"), abs=1e-5)
+
+
+def test_four_captions_change_places(ten_pictures: dict[str, Any]) -> None:
+    right, wrong = (ten_pictures["captioned"](10, share, "any") for share in (0.0, 0.4))
+    assert right.owner == list(range(10))
+    assert sorted(wrong.owner) == right.owner
+    assert sum(owner != number for number, owner in enumerate(wrong.owner)) == 4
+    assert wrong.captions == [right.captions[owner] for owner in wrong.owner]
+
+
+def test_the_plan_of_ten_pictures(
+    ten_pictures: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.png"
+    ten_pictures["main"](["--out", str(out)])
+    *printed, last = capsys.readouterr().out.splitlines()
+    assert last == f"The plan as a picture: {out}"
+    rows = [line.split() for line in printed[2:]]
+    likely = {line[1] == "right": [float(row[-1]) for row in rows if row[1] == line[1]] for line in rows}
+    assert [len(likely[right]) for right in (True, False)] == [6, 4]
+    assert max(likely[False]) < 0.5 < min(likely[True])
+    # The page shows what the example says; another machine may round otherwise.
+    told = re.search(r"```\n(Each picture gives.*?)\nThe plan as", (ROOT / "docs" / "plan.md").read_text(), re.S)
+    assert told is not None
+    number = r"(\d+(?:\.\d+)?)(%?)"
+    both = ["\n".join(printed), told[1]]
+    found, shown = (re.sub(number, "N", text).split() for text in both)
+    assert found == shown
+    found, shown = ([float(each) / (100 if of else 1) for each, of in re.findall(number, text)] for text in both)
+    assert found == pytest.approx(shown, abs=0.02)
+    with Image.open(out) as made, Image.open(ROOT / "docs" / "plan.png") as committed:
+        assert made.size == committed.size
