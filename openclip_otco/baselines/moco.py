@@ -13,8 +13,6 @@ from openclip_otco.method.features import Features
 class MoCoLoss(nn.Module):
     """InfoNCE with momentum keys and queues (He et al., CVPR 2020, equation 1), both ways between the modalities.
 
-    .. code-block:: text
-
         L = ½ mean_i [ -log softmax_0(s · v_i·[t^k_i, T_Q]) - log softmax_0(s · t_i·[v^k_i, V_Q]) ]
 
     `v, t` are the features, `v^k, t^k` the momentum encoders' keys of the same pairs, `V_Q, T_Q` the queued keys, `s`

@@ -21,8 +21,6 @@ class OTTERLoss(ClipLoss):
     """`ClipLoss` with targets that are in part a transport plan's (Wu et al., *Data efficient language-supervised
     zero-shot recognition with optimal transport distillation*, ICLR 2022).
 
-    .. code-block:: text
-
         L = (1 - α) · ClipLoss(v, t) + α · ½ [ CE(M, softmax(s · V Tᵀ)) + CE(Mᵀ, softmax(s · T Vᵀ)) ]
         M = argmax_{M ∈ Π} <M, S> + ε H(M),   S = V' T'ᵀ + V' V'ᵀ + T' T'ᵀ - η I
 

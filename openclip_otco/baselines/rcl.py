@@ -14,8 +14,6 @@ class RCLLoss(ClipLoss):
     """Negatives are pushed away, and no pair is pulled together (Hu, Huang, Peng, Wang, Peng, *Cross-Modal Retrieval
     With Partially Mismatched Pairs*, TPAMI 2023; its logarithmic form).
 
-    .. code-block:: text
-
         L = -½ mean_i Σ_{j≠i} [ log(1 - p_ij) + log(1 - q_ij) ]
         p_i = softmax_j(s · v_i·t_j),   q_i = softmax_j(s · t_i·v_j)
 
@@ -25,10 +23,11 @@ class RCLLoss(ClipLoss):
         clip_options: `local_loss`, `gather_with_grad`, `cache_labels`, `rank`, `world_size`, as in
             `open_clip.ClipLoss`.
 
-    Example::
-
+    Example:
+        ```python
         loss = RCLLoss()
         loss(image_features, text_features, logit_scale).backward()
+        ```
     """
 
     def forward(

@@ -13,8 +13,6 @@ from torch import Tensor
 class SimCLRLoss(ClipLoss):
     """`ClipLoss`, plus NT-Xent (Chen et al., ICML 2020, equation 1) between two views of the image.
 
-    .. code-block:: text
-
         L = ClipLoss(v, t) + w · 1/2N Σ_a -log exp(z_a·z_p(a)/τ) / Σ_{b≠a} exp(z_a·z_b/τ)
 
     The sum runs over the `2N` views `z = (v, v')` of the global batch, `p(a)` is the other view of `a`'s image. SLIP

@@ -70,8 +70,7 @@ class CalibratedRetriever:
     Raises:
         ValueError: no plan, one without potentials (`coupled=False`), or plans of different widths or devices.
 
-    Example::
-
+    Examples:
         >>> import torch
         >>> from openclip_otco import CalibratedRetriever
         >>> train_images, train_texts, images, texts = (

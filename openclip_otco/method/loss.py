@@ -38,8 +38,6 @@ class Asked(NamedTuple):
 class OTCOLoss(ClipLoss):
     """`ClipLoss` with cached transport plans at work (method, section 4).
 
-    .. code-block:: text
-
         L = Σ_i c_i · InfoNCE(v_i, t_i)
           + λ/K · Σ_k Σ_i c_i · [InfoNCE(v'_i, t_i) + InfoNCE(v_i, t'_i)]
           + μ · S_ε(V, T)
@@ -74,12 +72,13 @@ class OTCOLoss(ClipLoss):
     Raises:
         ValueError: a negative weight, a share outside `[0, 1]`, or a trust or negatives that there are not.
 
-    Example::
-
+    Example:
+        ```python
         loss = OTCOLoss()
         loss.exchange.set_plans([plan], newest=plan)
         losses = loss(image_features, text_features, logit_scale, output_dict=True)
         sum(losses.values()).backward()
+        ```
     """
 
     def __init__(

@@ -43,11 +43,12 @@ class TransportPlan:
         coupled: whether `f` and `g` couple the points. Where not, both are zero, there are no marginals to meet, and
             the shares of rows and columns are plain softmaxes, each for itself: an ablation.
 
-    Example::
-
+    Example:
+        ```python
         plan = PlanSolver(epsilon=0.03).solve(image_features, text_features, step=0)
         moved = plan.transport_image(v, t)      # (B, d), unit norm, among the texts
         trust = plan.confidence(v, t)           # (B,), in (0, 1)
+        ```
     """
 
     image_features: Tensor
