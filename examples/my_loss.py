@@ -41,8 +41,10 @@ class SmoothedClipLoss(ClipLoss):
         # ClipLoss gathers the features of all ranks, and knows which of them are this rank's.
         by_image, by_text = self.get_logits(image_features, text_features, logit_scale, logit_bias)
         own = self.get_ground_truth(by_image.device, len(by_image))
-        both = [F.cross_entropy(logits, own, label_smoothing=self.smoothing) for logits in (by_image, by_text)]
-        loss = sum(both) / 2
+        loss = (
+            F.cross_entropy(by_image, own, label_smoothing=self.smoothing)
+            + F.cross_entropy(by_text, own, label_smoothing=self.smoothing)
+        ) / 2
         return {"smoothed_loss": loss} if output_dict else loss
 
 

@@ -48,7 +48,7 @@ class Captioned:
         owner: the picture that each caption tells of, by its number; its own number where the caption is right.
     """
 
-    pictures: list[Image.Image]
+    pictures: Sequence[Image.Image]
     captions: list[str]
     owner: list[int]
 
@@ -142,8 +142,9 @@ def heat_map(shown: Captioned, shares: Tensor) -> Figure:
 
 
 def _frame(axis: Axes, number: int, right: bool) -> None:
-    style = {"edgecolor": "green"} if right else {"edgecolor": "red", "linestyle": "--"}
-    axis.add_patch(Rectangle((number - 0.48, number - 0.48), 0.96, 0.96, fill=False, linewidth=2.5, **style))
+    colour, line = ("green", "-") if right else ("red", "--")
+    corner = (number - 0.48, number - 0.48)
+    axis.add_patch(Rectangle(corner, 0.96, 0.96, fill=False, linewidth=2.5, edgecolor=colour, linestyle=line))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

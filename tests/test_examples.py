@@ -116,8 +116,8 @@ def test_the_plan_of_ten_pictures(
     assert told is not None
     number = r"(\d+(?:\.\d+)?)(%?)"
     both = ["\n".join(printed), told[1]]
-    found, shown = (re.sub(number, "N", text).split() for text in both)
-    assert found == shown
+    words = [re.sub(number, "N", text).split() for text in both]
+    assert words[0] == words[1]
     found, shown = ([float(each) / (100 if of else 1) for each, of in re.findall(number, text)] for text in both)
     assert found == pytest.approx(shown, abs=0.02)
     with Image.open(out) as made, Image.open(ROOT / "docs" / "plan.png") as committed:
