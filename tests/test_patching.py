@@ -95,12 +95,24 @@ def test_git_gives_the_same_bytes(version: str, wheels: dict[str, Path], tmp_pat
     assert content(ours) == content(theirs)
 
 
-def test_the_plugin_module_is_the_same_in_all_patches() -> None:
-    """Or an upgrade of OpenCLIP, which leaves the file behind, could not be patched again."""
-    ids = {
-        p.new_id for v in installation.supported_versions() for p in installation.load_patch(v) if p.old_id == NO_FILE
+def test_what_another_version_s_patch_left_behind_is_replaced(package: Path) -> None:
+    """An upgrade of OpenCLIP leaves the plugin module of the patch, as pip did not install it."""
+    modules = {
+        blob: patch.apply(None)
+        for version in installation.supported_versions()
+        for patch in installation.load_patch(version)
+        if patch.old_id == NO_FILE and (blob := patch.new_id)
     }
-    assert len(ids) == 1
+    (ours,) = (patch for patch in installation.load_patch(VERSION) if patch.old_id == NO_FILE)
+    assert len(modules) == 2
+    for left_behind in modules.values():
+        (package / ours.path).write_bytes(left_behind)
+        assert installation.status(package, VERSION).state in (State.UNPATCHED, State.PARTIAL)
+        installation.apply(package, VERSION)
+        assert installation.status(package, VERSION).state is State.PATCHED
+        assert (package / ours.path).read_bytes() == modules[ours.new_id]
+        installation.revert(package, VERSION)
+        assert not (package / ours.path).exists()
 
 
 def test_modes_are_kept(package: Path) -> None:

@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass
 
 PACKAGE = "open_clip_train"
+# The packages whose files a patch may change; they lie in one folder.
+PACKAGES = (PACKAGE, "open_clip")
 NO_FILE = "0" * 40
 
 _HEAD = re.compile(
@@ -109,9 +111,9 @@ def _parse_file(section: bytes) -> FilePatch:
 
 
 def _package_path(name: str) -> str:
-    match = re.fullmatch(rf"[ab]/(?:.*/)?({PACKAGE}/.+)", name)
+    match = re.fullmatch(rf"[ab]/(?:.*?/)?((?:{'|'.join(PACKAGES)})/.+)", name)
     if match is None or ".." in name.split("/"):
-        raise PatchError(f"malformed patch: {name} is not in {PACKAGE}")
+        raise PatchError(f"malformed patch: {name} is not in {' or '.join(PACKAGES)}")
     return match[1]
 
 

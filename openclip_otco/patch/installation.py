@@ -22,7 +22,7 @@ from enum import Enum
 from importlib import resources
 from pathlib import Path
 
-from openclip_otco.patch.diff import PACKAGE, FilePatch, PatchError, blob_id, parse_patch
+from openclip_otco.patch.diff import NO_FILE, PACKAGE, FilePatch, PatchError, blob_id, parse_patch
 
 DISTRIBUTION = "open_clip_torch"
 # What the patches of earlier versions of this package made of OpenCLIP's files.
@@ -36,6 +36,8 @@ SUPERSEDED = frozenset(
         "6ab02ec652df982dd87b8a228d86f576b2e21f65",  # plugins.py, before `prepare_data`
     }
 )
+# The commit of OpenCLIP that the patch of an unreleased version is for.
+COMMITS = {"4.2.0.dev0": "89fb801f1e6087880e951fc8354b8a2077b79c6d"}
 
 # Folders in the package that hold new contents and backups while files change places.
 _STAGED = ".openclip-otco-"
@@ -81,7 +83,7 @@ def revert(target: Path | None = None, version: str | None = None, dry_run: bool
 def status(target: Path | None = None, version: str | None = None) -> Status:
     """Looks at an installation; the arguments are those of `apply`."""
     folder = _find_folder(target)
-    version = version or _find_version(target)
+    version = version or _find_version(target, folder)
     if folder is None:
         return Status(State.NOT_INSTALLED, version, folder, {})
     if version is None or version not in supported_versions():
@@ -140,6 +142,9 @@ def _patchable(target: Path | None, version: str | None) -> Status:
     if current.state is State.UNSUPPORTED:
         known = ", ".join(supported_versions())
         raise PatchError(f"there is no patch for {DISTRIBUTION} {current.version}, only for {known}")
+    if current.state in (State.MODIFIED, State.PARTIAL) and current.version in COMMITS:
+        commit = COMMITS[current.version]
+        raise PatchError(f"{current.folder} is not OpenCLIP's commit {commit}, which the patch is for: check that out")
     if current.state is State.MODIFIED:
         raise PatchError(f"changed by someone else: undo that change, or {cure(current)}")
     if current.state is State.OUTDATED:
@@ -155,7 +160,8 @@ def _changes(current: Status, goal: State) -> dict[Path, bytes | None]:
     for patch in load_patch(current.version):
         if current.files[patch.path] is not goal:
             path = current.folder / patch.path
-            contents[path] = (patch if goal is State.PATCHED else patch.inverse()).apply(_read(path))
+            before = None if _is_left_behind(current.folder, patch) else _read(path)
+            contents[path] = (patch if goal is State.PATCHED else patch.inverse()).apply(before)
     return contents
 
 
@@ -190,7 +196,11 @@ def _find_folder(target: Path | None) -> Path | None:
     return Path(spec.origin).parent.parent if spec and spec.origin else None
 
 
-def _find_version(target: Path | None) -> str | None:
+def _find_version(target: Path | None, folder: Path | None) -> str | None:
+    """What the code says of itself, as a checkout has no metadata; else what the metadata say."""
+    text = _read(folder / "open_clip" / "version.py") if folder else None
+    if told := re.search(rb"__version__ = ['\"](.+)['\"]", text or b""):
+        return told[1].decode()
     path = sys.path if target is None else [str(target)]
     found = importlib.metadata.distributions(name=DISTRIBUTION, path=path)
     return next((distribution.version for distribution in found), None)
@@ -198,8 +208,19 @@ def _find_version(target: Path | None) -> str | None:
 
 def _file_state(folder: Path, patch: FilePatch) -> State:
     states = {patch.old_id: State.UNPATCHED, patch.new_id: State.PATCHED}
+    if _is_left_behind(folder, patch):
+        return State.UNPATCHED
     found = blob_id(_read(folder / patch.path))
     return states.get(found, State.OUTDATED if found in SUPERSEDED else State.MODIFIED)
+
+
+def _is_left_behind(folder: Path, patch: FilePatch) -> bool:
+    """Whether another version's patch made the file: an upgrade of OpenCLIP leaves behind what pip did not install."""
+    found = blob_id(_read(folder / patch.path))
+    if patch.old_id != NO_FILE or found in (NO_FILE, patch.new_id):
+        return False
+    others = (other for version in supported_versions() for other in load_patch(version))
+    return any(other.path == patch.path and other.new_id == found for other in others)
 
 
 def _read(path: Path) -> bytes | None:
