@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from openclip_otco.train.model_call import images_and_texts
+
 
 class MomentumEncoders:
     """Adds `image_keys` and `text_keys`, `(B, d)` unit norm, to what the model gives out while it trains.
@@ -35,7 +37,7 @@ class MomentumEncoders:
         self.model = model
         self.encoder: Any = copy.deepcopy(model).requires_grad_(False).train()
         self._average = get_ema_multi_avg_fn(momentum)
-        model.register_forward_hook(self._add_keys)
+        model.register_forward_hook(self._add_keys, with_kwargs=True)
 
     def update(self) -> None:
         """Moves the encoders towards the model; called after the optimizer's step."""
@@ -59,10 +61,12 @@ class MomentumEncoders:
     # Drawing random numbers for dropout, and another module than the one that is compiled.
     @torch.compiler.disable
     @torch.no_grad()
-    def _add_keys(self, model: nn.Module, inputs: tuple[Tensor, Tensor], output: dict[str, Tensor]) -> Any:
+    def _add_keys(
+        self, model: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor], output: dict[str, Tensor]
+    ) -> Any:
         if not model.training:
             return None
-        images, texts = inputs
+        images, texts = images_and_texts(inputs, named)
         return {
             **output,
             "image_keys": self.encoder.encode_image(images, normalize=True),

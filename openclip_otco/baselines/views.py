@@ -8,12 +8,14 @@ each augmentation is one batched operation: the crop a grid sample, the colours 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from openclip_otco.train.model_call import images_and_texts
 
 # ITU-R BT.601: luma and chroma of red, green and blue. A rotation of the chroma is a change of hue.
 _YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], dtype=torch.float64)
@@ -71,13 +73,16 @@ class SecondView:
 
     def __init__(self, model: nn.Module, views: RandomViews) -> None:
         self.views = views
-        model.register_forward_hook(self._add_view)
+        model.register_forward_hook(self._add_view, with_kwargs=True)
 
     @torch.compiler.disable
-    def _add_view(self, model: Any, inputs: tuple[Tensor, Tensor], output: dict[str, Tensor]) -> Any:
+    def _add_view(
+        self, model: Any, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor], output: dict[str, Tensor]
+    ) -> Any:
         if not model.training:
             return None
-        return {**output, "view_features": model.encode_image(self.views(inputs[0]), normalize=True)}
+        images, _ = images_and_texts(inputs, named)
+        return {**output, "view_features": model.encode_image(self.views(images), normalize=True)}
 
 
 def crop(images: Tensor, height: Tensor, width: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
