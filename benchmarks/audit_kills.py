@@ -25,7 +25,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from openclip_otco.audit import command, judging
+from openclip_otco import cli
+from openclip_otco.audit import judging
 from openclip_otco.audit.encoder import PairEncoder
 from openclip_otco.audit.folder import AuditFolder
 from openclip_otco.audit.report import FACTS, GALLERY, TABLE
@@ -90,10 +91,8 @@ class Audit:
             os.setpgid(0, 0)
             PairEncoder.images = self._noting("images", PairEncoder.images)  # type: ignore[method-assign]
             judging.judge_window = self._noting("window", judging.judge_window)
-            parser = argparse.ArgumentParser()
-            command.add_arguments(parser)
-            words = ["--data", self.data, "--towers", self.towers, "--out", str(out), "--window", str(WINDOW)]
-            code = command.run(parser.parse_args([*words, "--batch-size", str(BATCH), "--device", "cpu"]))
+            words = ["audit", "--data", self.data, "--towers", self.towers, "--out", str(out), "--window", str(WINDOW)]
+            code = cli.main([*words, "--batch-size", str(BATCH), "--device", "cpu"])
         finally:
             os._exit(code)
 

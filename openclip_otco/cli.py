@@ -3,10 +3,12 @@
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from openclip_otco.errors import UserError
 from openclip_otco.version import __version__
 
+UNUSABLE = 2
 # Each module has add_arguments(parser) and run(args) -> exit code, but for that of `train`, whose arguments are
 # OpenCLIP's. Only that of the chosen command is imported, because patching has to work without torch.
 COMMANDS = {
@@ -42,8 +44,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             implementation.add_arguments(command)
             command.set_defaults(run=implementation.run)
     args = parser.parse_args(arguments)
-    exit_code: int = args.run(args)
-    return exit_code
+    return exit_code(str(chosen), lambda: args.run(args))
+
+
+def exit_code(command: str, run: Callable[[], int]) -> int:
+    """The exit code that `run` returns; 2 after one line on stderr where it raises a `UserError`.
+
+    Args:
+        command: its name, with which the line begins.
+        run: does what the command is asked for.
+    """
+    try:
+        return run()
+    except UserError as error:
+        print(f"openclip-otco {command}: {error}", file=sys.stderr)
+        return UNUSABLE
 
 
 if __name__ == "__main__":

@@ -4,5 +4,6 @@
 class UserError(ValueError):
     """Something given that cannot be used: a flag, a file, a setting.
 
-    The message is one line that names it and says what to change. Commands print it and end with exit code 2.
+    The message is one line that names it and says what to change. `openclip_otco.cli` prints it, for all commands, and
+    ends with exit code 2.
     """

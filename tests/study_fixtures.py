@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from openclip_otco import cli
 from openclip_otco.study import compare, figure
 
 # Logs and writes as open_clip_train.main does; the environment tells it to fail or to hang in certain runs.
@@ -116,7 +117,7 @@ def arguments(*words):
 
 def run(text, *words):
     Path("study.toml").write_text(text)
-    return compare.run(arguments("study.toml", *words), trainer=("trainer.py",))
+    return cli.exit_code("compare", lambda: compare.run(arguments("study.toml", *words), trainer=("trainer.py",)))
 
 
 def calls():
@@ -126,10 +127,11 @@ def calls():
 def compare_in_a_process(*words, **environment):
     script = textwrap.dedent("""
         import argparse, sys
+        from openclip_otco import cli
         from openclip_otco.study import compare
         parser = argparse.ArgumentParser()
         compare.add_arguments(parser)
-        sys.exit(compare.run(parser.parse_args(), trainer=("trainer.py",)))
+        sys.exit(cli.exit_code("compare", lambda: compare.run(parser.parse_args(), trainer=("trainer.py",))))
     """)
     return subprocess.Popen(
         [sys.executable, "-c", script, "study.toml", *words],

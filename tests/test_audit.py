@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import math
@@ -25,6 +24,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import webdataset as wds
+from commands import command
 from conftest import paired_features
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,7 +32,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchmetrics.functional.classification import binary_auroc
 
-from openclip_otco.audit import command, table
+from openclip_otco.audit import table
 from openclip_otco.audit.confidence import PlanJudgement, judge_by_plan
 from openclip_otco.audit.encoder import PairEncoder
 from openclip_otco.audit.folder import AuditFolder
@@ -328,10 +328,8 @@ def data(tmp_path: Path) -> str:
     return str(folder / "{0..2}.tar")
 
 
-def arguments(*words: object) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return parser.parse_args([str(word) for word in words])
+def audit(*words: object) -> int:
+    return command("audit", *words)
 
 
 @pytest.fixture
@@ -344,7 +342,7 @@ def run(
     def audited(out: str, *words: object, of: str = data) -> list[dict[str, Any]]:
         given = ("--checkpoint", run_checkpoint, "--data", of, "--out", tmp_path / out, "--window", 14)
         given += ("--batch-size", 5, "--top", 4, "--workers", 0)
-        assert command.run(arguments(*given, *words)) == 0
+        assert audit(*given, *words) == 0
         return pq.read_table(tmp_path / out / "audit.parquet").to_pylist()
 
     return audited
@@ -408,7 +406,7 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_towers_need_no_checkpoint(towers: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     given = ("--data", data, "--out", tmp_path / "out", "--towers", towers, "--window", 14, "--workers", 0)
-    assert command.run(arguments(*given, "--write-clean", tmp_path / "clean", "--drop", 0.4)) == 0
+    assert audit(*given, "--write-clean", tmp_path / "clean", "--drop", 0.4) == 0
     rows = pq.read_table(tmp_path / "out/audit.parquet").to_pylist()
     assert len(rows) == 45
     assert {(row["log_density"], row["cosine"]) for row in rows} == {(None, None)}
@@ -449,9 +447,9 @@ def test_ranks_share_the_shards(
     # As torchrun has it, and by hand; one that is killed before its end goes on.
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "2")
-    assert command.run(arguments(*given)) == 0
+    assert audit(*given) == 0
     assert not (tmp_path / "out/audit.parquet").exists()
-    assert command.run(arguments(*given, "--rank", 1, "--ranks", 3)) == 0
+    assert audit(*given, "--rank", 1, "--ranks", 3) == 0
     waited = []
 
     def waiting(seconds: float) -> None:
@@ -461,7 +459,7 @@ def test_ranks_share_the_shards(
     broken = (tmp_path / "out/parts/rank-00002/000000.parquet").rename(tmp_path / "kept.parquet")
     monkeypatch.setattr("openclip_otco.audit.ranks.time.sleep", waiting)
     words = ("--write-clean", tmp_path / "clean-of-ranks", "--drop", 0.4)
-    assert command.run(arguments(*given, "--rank", 0, *words)) == 0
+    assert audit(*given, "--rank", 0, *words) == 0
     assert len(waited) == 1
     assert pq.read_table(tmp_path / "out/audit.parquet").to_pylist() == whole
     facts, expected = (json.loads((tmp_path / name / "audit.json").read_text()) for name in ("out", "whole"))
@@ -513,7 +511,7 @@ def test_a_rank_without_pairs_is_not_waited_for(
     whole = run("whole", "--window", 7, "--batch-size", 12)
     monkeypatch.setattr("openclip_otco.audit.ranks.time.sleep", lambda seconds: pytest.fail("waits"))
     for rank in (2, 1, 0):
-        assert command.run(arguments(*rank_words(rank))) == 0
+        assert audit(*rank_words(rank)) == 0
     rows = pq.read_table(tmp_path / "out/audit.parquet").to_pylist()
     facts, expected = (json.loads((tmp_path / name / "audit.json").read_text()) for name in ("out", "whole"))
     assert {(row["key"], row["shard"]) for row in rows} == {(row["key"], row["shard"]) for row in whole}
@@ -527,9 +525,9 @@ def test_ranks_that_find_no_pairs_at_all_end_with_one_line(
 ) -> None:
     for shard in samples.shards(data):
         write_shard(Path(shard), [("0.png", picture(0))])
-    assert [command.run(arguments(*rank_words(rank))) for rank in (1, 2)] == [0, 0]
+    assert [audit(*rank_words(rank)) for rank in (1, 2)] == [0, 0]
     capsys.readouterr()
-    assert command.run(arguments(*rank_words(0))) == 2
+    assert audit(*rank_words(0)) == 2
     err = capsys.readouterr().err.strip().split("\r")[-1]
     assert err.splitlines()[-1] == (
         "openclip-otco audit: --data: no pairs of an image and a caption in 3 samples "
@@ -542,10 +540,10 @@ def test_rank_0_says_which_rank_failed_and_why(
 ) -> None:
     second = Path(samples.shards(data)[1])
     second.write_bytes(second.read_bytes()[:20_000])
-    assert command.run(arguments(*rank_words(2))) == 0
+    assert audit(*rank_words(2)) == 0
     failed = []
     sleeps = Sleeps(monkeypatch, 5, lambda: failed.append(run_process(rank_words(1))))
-    assert command.run(arguments(*rank_words(0))) == 2
+    assert audit(*rank_words(0)) == 2
     assert failed[0].returncode == 2
     assert f"{second} is no readable tar file" in failed[0].stderr
     assert sleeps.count == 60
@@ -569,10 +567,10 @@ def test_rank_0_tells_every_minute_that_it_waits_for_a_rank_that_was_killed(
 
     def start_again() -> None:
         told.append(capsys.readouterr().err)
-        assert command.run(arguments(*rank_words(1, ranks=2))) == 0
+        assert audit(*rank_words(1, ranks=2)) == 0
 
     sleeps = Sleeps(monkeypatch, 125, start_again)
-    assert command.run(arguments(*rank_words(0, ranks=2))) == 0
+    assert audit(*rank_words(0, ranks=2)) == 0
     assert sleeps.count == 125
     message = "rank 0 waits for these ranks: 1. If one of them no longer runs, start it again; what it has done is"
     assert told[0].count(message) == 3
@@ -597,15 +595,15 @@ def test_a_rank_that_is_started_again_takes_its_note_away(
     with monkeypatch.context() as patched:
         patched.setattr("openclip_otco.audit.judging.judge_window", fail)
         if isinstance(error, UserError):
-            assert command.run(arguments(*rank_words(1, ranks=2))) == 2
+            assert audit(*rank_words(1, ranks=2)) == 2
         else:
             with pytest.raises(type(error)):
-                command.run(arguments(*rank_words(1, ranks=2)))
+                audit(*rank_words(1, ranks=2))
     rank = AuditFolder(tmp_path / "out", 1, 2)
     assert rank.failure() == note
     # Rank 0 does not take the old note for a new failure.
-    Sleeps(monkeypatch, 3, lambda: command.run(arguments(*rank_words(1, ranks=2))))
-    assert command.run(arguments(*rank_words(0, ranks=2))) == 0
+    Sleeps(monkeypatch, 3, lambda: audit(*rank_words(1, ranks=2)))
+    assert audit(*rank_words(0, ranks=2)) == 0
     assert rank.failure() is None
 
 
@@ -665,13 +663,13 @@ def test_the_folder_of_another_audit_is_left_alone(
     before = (tmp_path / "out/audit.parquet").read_bytes()
     words = ("--checkpoint", run_checkpoint, "--data", data, "--window", 14, "--top", 4)
     for other, name in ((("--epsilon", 0.3), "--epsilon"), (("--window", 9), "--window"), (("--top", 5), "--top")):
-        assert command.run(arguments(*words, "--out", tmp_path / "out", *other)) == 2
+        assert audit(*words, "--out", tmp_path / "out", *other) == 2
         assert f"holds another audit, which differs in {name};" in capsys.readouterr().err
     shard = Path(samples.shards(data)[0])
     write_shard(shard, read_shard(shard)[:6])
-    assert command.run(arguments(*words, "--out", tmp_path / "out")) == 2
+    assert audit(*words, "--out", tmp_path / "out") == 2
     assert "differs in --data;" in capsys.readouterr().err
-    assert command.run(arguments(*words, "--out", tmp_path / "data")) == 2
+    assert audit(*words, "--out", tmp_path / "data") == 2
     assert "holds something that is no audit" in capsys.readouterr().err
     assert (tmp_path / "out/audit.parquet").read_bytes() == before
 
@@ -745,7 +743,7 @@ def test_what_is_not_local_is_named_and_the_rest_is_written(
     mixed = f"{first}::pipe:cat {second}::{third}"
     words = ("--checkpoint", run_checkpoint, "--data", mixed, "--out", tmp_path / "mixed", "--window", 14)
     words += ("--batch-size", 5, "--top", 4, "--workers", 0, "--write-clean", tmp_path / "clean", "--drop", 0.4)
-    assert command.run(arguments(*words)) == 1
+    assert audit(*words) == 1
     err = capsys.readouterr().err
     assert "1 shards are no local files and are not written, the first is pipe:cat" in err
     run("local", "--write-clean", tmp_path / "all", "--drop", 0.4)
@@ -953,7 +951,7 @@ def test_bad_marks_get_one_line(
         (tmp_path / "marks.jsonl").write_bytes(lines.encode("latin-1"))
     words = ("--checkpoint", run_checkpoint, "--data", data, "--out", tmp_path / "out", "--window", 14, "--top", 4)
     words += ("--write-clean", tmp_path / "clean", "--drop", 0.4, "--marks", tmp_path / "marks.jsonl")
-    assert command.run(arguments(*words)) == 2
+    assert audit(*words) == 2
     out, err = capsys.readouterr()
     assert err.startswith(f"openclip-otco audit: --marks {tmp_path / 'marks.jsonl'}: ")
     assert message in err
@@ -973,7 +971,7 @@ def test_not_everything_is_dropped_unasked(
     rows = run("out")
     words = ("--checkpoint", run_checkpoint, "--data", data, "--out", tmp_path / "out", "--window", 14)
     words += ("--batch-size", 5, "--top", 4, "--workers", 0, "--write-clean", tmp_path / "clean")
-    assert command.run(arguments(*words)) == 2
+    assert audit(*words) == 2
     assert "--write-clean: to these models no pair seems right; give" in capsys.readouterr().err
     assert not (tmp_path / "clean").exists()
     # What was computed is kept.
@@ -1072,7 +1070,7 @@ def test_bad_input_gets_one_line(
     (tmp_path / "empty.csv").write_text("key\nstranger\n")
     write_shard(tmp_path / "bare.tar", [("0.png", picture(0))])
     given = ("--checkpoint", run_checkpoint, "--data", data, "--out", "out", "--workers", 0)
-    assert command.run(arguments(*given, *words)) == 2
+    assert audit(*given, *words) == 2
     out, err = capsys.readouterr()
     assert message in err
     # The bar aside.
@@ -1081,7 +1079,7 @@ def test_bad_input_gets_one_line(
 
 
 def test_somebody_has_to_judge(data: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert command.run(arguments("--data", data, "--out", tmp_path / "out")) == 2
+    assert audit("--data", data, "--out", tmp_path / "out") == 2
     assert "--towers: name the models that judge the pairs" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -1091,7 +1089,7 @@ def test_a_plan_that_does_not_converge(
 ) -> None:
     monkeypatch.setattr("openclip_otco.method.solver._WORST_ERROR", -1.0)
     words = ("--checkpoint", run_checkpoint, "--data", data, "--out", tmp_path / "out", "--epsilon", 0.05)
-    assert command.run(arguments(*words)) == 2
+    assert audit(*words) == 2
     assert "--epsilon 0.05: Sinkhorn is still" in capsys.readouterr().err
 
 
@@ -1112,6 +1110,6 @@ def test_a_folder_in_use(run: Callable, run_checkpoint: Path, data: str, tmp_pat
 @pytest.mark.parametrize("value", ["inf", "nan", "-1"])
 def test_numbers_that_are_none_end_with_one_line(flag: str, value: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as ended:
-        arguments("--checkpoint", "c", "--data", "d", "--out", "o", f"{flag}={value}")
+        audit("--checkpoint", "c", "--data", "d", "--out", "o", f"{flag}={value}")
     assert ended.value.code == 2
     assert f"argument {flag}: " in capsys.readouterr().err.splitlines()[-1]

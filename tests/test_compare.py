@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import command
 from forks import PATIENCE
 from study_fixtures import (
     ONE_SEED,
@@ -208,7 +209,7 @@ def test_unpatched_openclip_is_refused(home, monkeypatch, capfd):
 
     Path("study.toml").write_text(ONE_SEED)
     monkeypatch.setattr(subprocess, "run", status)
-    assert compare.run(arguments("study.toml")) == 2
+    assert command("compare", "study.toml") == 2
     err = capfd.readouterr().err
     assert (
         "study.toml: its losses need a patched OpenCLIP (`openclip-otco patch`): OpenCLIP 3.3.0 is not patched" in err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import tarfile
@@ -14,6 +13,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import command
 from hypothesis import given
 from hypothesis import strategies as st
 from open_clip_train.train import get_clip_metrics
@@ -25,7 +25,7 @@ from torchmetrics.functional.retrieval import retrieval_hit_rate
 from openclip_otco import CalibratedRetriever, PlanCache, PlanSolver
 from openclip_otco.data import samples
 from openclip_otco.errors import UserError
-from openclip_otco.evaluate import command, ranks
+from openclip_otco.evaluate import ranks
 from openclip_otco.evaluate.metrics import retrieval
 from openclip_otco.evaluate.zero_shot import class_features, classification
 from openclip_otco.models.registry import prepare_model, register_models
@@ -253,10 +253,8 @@ def save(model: torch.nn.Module, folder: Path, prefix: str = "", **params: objec
     return path
 
 
-def arguments(*words: object) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return parser.parse_args([str(word) for word in words])
+def evaluate(*words: object) -> int:
+    return command("evaluate", *words)
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
@@ -315,7 +313,7 @@ def test_a_text_is_one_caption_unless_lines_are_asked_for(
 ) -> None:
     words = (save(model, tmp_path), "--data", training_shard(tmp_path / "lines.tar"), "--out", tmp_path / "found.json")
     for flags, texts, told in (((), 12, "12 captions have several lines"), (("--caption-lines",), 24, "")):
-        assert command.run(arguments(*words, *flags)) == 0
+        assert evaluate(*words, *flags) == 0
         assert json.loads((tmp_path / "found.json").read_text())["retrieval"]["texts"] == texts
         assert told in (err := capsys.readouterr().err)
         assert ("--caption-lines" in err) == bool(told)
@@ -328,7 +326,7 @@ def test_nothing_is_written_where_a_run_says(model: torch.nn.Module, captioned: 
     words = (save(model, tmp_path, **flags), "--data", captioned, "--batch-size", 4)
     metrics = []
     for frozen in ((), ("--frozen-features", own), ("--frozen-features", own)):
-        assert command.run(arguments(*words, *frozen, "--out", tmp_path / "found.json")) == 0
+        assert evaluate(*words, *frozen, "--out", tmp_path / "found.json") == 0
         metrics.append(json.loads((tmp_path / "found.json").read_text())["retrieval"])
     assert not list(foreign.iterdir())
     assert sorted(path.name.partition("-")[0] for path in own.glob("*.safetensors")) == ["image", "text"]
@@ -342,7 +340,7 @@ def test_retrieval_of_a_checkpoint(
 ) -> None:
     path = save(model, tmp_path)
     words = (path, "--data", captioned, "--batch-size", 4)
-    assert command.run(arguments(*words, "--out", tmp_path / "found.json")) == 0
+    assert evaluate(*words, "--out", tmp_path / "found.json") == 0
     out, err = capsys.readouterr()
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["model"] == MODEL
@@ -361,7 +359,7 @@ def test_retrieval_of_a_checkpoint(
     expected = retrieval(images, text_features, torch.arange(9).repeat_interleave(3))
     assert found["retrieval"] == pytest.approx(expected)
 
-    assert command.run(arguments(*words, "--workers", 0, "--out", tmp_path / "again.json")) == 0
+    assert evaluate(*words, "--workers", 0, "--out", tmp_path / "again.json") == 0
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "found.json").read_bytes()
 
 
@@ -394,10 +392,10 @@ def test_retrieval_calibrated_by_shards(
 ) -> None:
     path, train = save(model, tmp_path), training_shard(tmp_path / "train.tar")
     words = (path, "--data", captioned, "--batch-size", 4, "--out", tmp_path / "found.json")
-    assert command.run(arguments(*words)) == 0
+    assert evaluate(*words) == 0
     plain = json.loads((tmp_path / "found.json").read_text())
     calibrate = ("--calibrate", "--calibrate-data", train, "--calibrate-pairs", pairs, "--caption-lines")
-    assert command.run(arguments(*words, *calibrate)) == 0
+    assert evaluate(*words, *calibrate) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert {name: found[name] for name in plain} == plain
     count = min(pairs, 24)
@@ -428,7 +426,7 @@ def test_retrieval_calibrated_by_cached_plans(
     torch.save({**content, "plugins": {"otco": {"cache": cache.state_dict()}}}, path)
     words = (path, "--data", captioned, "--calibrate", "--out", tmp_path / "found.json")
     for epsilon in (0.1, 0.2):
-        assert command.run(arguments(*words, *(("--calibrate-epsilon", epsilon) if epsilon != 0.1 else ()))) == 0
+        assert evaluate(*words, *(("--calibrate-epsilon", epsilon) if epsilon != 0.1 else ())) == 0
         assert f"2 cached plans of 12 pairs, epsilon {epsilon}" in capsys.readouterr().out
         found = json.loads((tmp_path / "found.json").read_text())
         retriever = CalibratedRetriever.from_checkpoint(path, epsilon)
@@ -444,7 +442,7 @@ def test_nothing_is_calibrated_on_what_it_is_measured_on(
     (tmp_path / "link.tar").symlink_to(tmp_path / "1.tar")
     train = training_shard(tmp_path / "train.tar")
     for data in (captioned, str(tmp_path / "0.tar"), f"{train}::{tmp_path / 'link.tar'}"):
-        assert command.run(arguments(path, "--data", captioned, "--calibrate", "--calibrate-data", data)) == 2
+        assert evaluate(path, "--data", captioned, "--calibrate", "--calibrate-data", data) == 2
         err = capsys.readouterr().err
         assert err.startswith(f"openclip-otco evaluate: --calibrate-data {data}: ")
         assert "belongs to --data; calibrate on training shards" in err
@@ -462,9 +460,7 @@ def test_classification_of_a_checkpoint(model: torch.nn.Module, tmp_path: Path, 
     (tmp_path / "templates.txt").write_text("a photo of a {c}.\nsome {} {here}\n")
     words = (path, "--data", tmp_path / "classes.tar")
     named = (*words, "--classes", tmp_path / "names.txt")
-    assert (
-        command.run(arguments(*named, "--templates", tmp_path / "templates.txt", "--out", tmp_path / "out.json")) == 0
-    )
+    assert evaluate(*named, "--templates", tmp_path / "templates.txt", "--out", tmp_path / "out.json") == 0
     found = json.loads((tmp_path / "out.json").read_text())
     assert "retrieval" not in found
 
@@ -478,9 +474,9 @@ def test_classification_of_a_checkpoint(model: torch.nn.Module, tmp_path: Path, 
 
     # Without names there is nothing to compare with, which is said.
     capsys.readouterr()
-    assert command.run(arguments(*words)) == 0
+    assert evaluate(*words) == 0
     assert "name them by --classes" in capsys.readouterr().err
-    assert command.run(arguments(*named)) == 0
+    assert evaluate(*named) == 0
     assert "Zero-shot classification: 7 images, 3 classes" in capsys.readouterr().out
 
 
@@ -536,7 +532,7 @@ def test_what_cannot_be_evaluated_is_one_line(
     training_shard(Path("train.tar"))
     write_shard(Path("data.tar"), files or {"a.png": picture(0), "a.txt": b"a dog"})
     path = save(model, Path())
-    assert command.run(arguments(path, "--data", "data.tar", "--workers", 0, *words)) == 2
+    assert evaluate(path, "--data", "data.tar", "--workers", 0, *words) == 2
     err = capfd.readouterr().err
     assert err.startswith("openclip-otco evaluate: ")
     assert message in err
@@ -547,7 +543,7 @@ def test_a_broken_sample_is_named_through_a_worker(
     model: torch.nn.Module, captioned: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     write_shard(tmp_path / "1.tar", {"bad.png": b"PNG", "bad.txt": b"a dog"})
-    assert command.run(arguments(save(model, tmp_path), "--data", captioned, "--workers", 2)) == 2
+    assert evaluate(save(model, tmp_path), "--data", captioned, "--workers", 2) == 2
     err = capsys.readouterr().err
     assert "sample bad of " in err
     assert len(err.splitlines()) == 1
@@ -559,7 +555,7 @@ def test_checkpoint_that_cannot_be_read(
 ) -> None:
     path = save(model, tmp_path)
     break_it(path)
-    assert command.run(arguments(path, "--data", captioned)) == 2
+    assert evaluate(path, "--data", captioned) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"openclip-otco evaluate: CHECKPOINT {path}: ")
     assert len(err.splitlines()) == 1
@@ -569,10 +565,10 @@ def test_shards_that_are_not_there(
     model: torch.nn.Module, captioned: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "1.tar").unlink()
-    assert command.run(arguments(save(model, tmp_path), "--data", captioned)) == 2
+    assert evaluate(save(model, tmp_path), "--data", captioned) == 2
     assert f"1 of 2 shards do not exist, first {tmp_path / '1.tar'}" in capsys.readouterr().err
     (tmp_path / "1.tar").write_bytes(b"no tar")
-    assert command.run(arguments(tmp_path / "runs/a/checkpoints/epoch_1.pt", "--data", captioned)) == 2
+    assert evaluate(tmp_path / "runs/a/checkpoints/epoch_1.pt", "--data", captioned) == 2
     assert "1.tar is no readable tar file" in capsys.readouterr().err
 
 
@@ -583,5 +579,5 @@ def test_a_model_that_diverged_is_refused(
     content = torch.load(path)
     content["state_dict"] = {name: weight * torch.nan for name, weight in content["state_dict"].items()}
     torch.save(content, path)
-    assert command.run(arguments(path, "--data", captioned)) == 2
+    assert evaluate(path, "--data", captioned) == 2
     assert "features are not finite" in capsys.readouterr().err

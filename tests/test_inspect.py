@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import logging
@@ -17,6 +16,7 @@ import ot as pot
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import command
 from conftest import paired_features
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +25,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from openclip_otco import FeatureWindow, OTCOLoss, PlanCache, PlanCacheCallback, PlanSolver
-from openclip_otco.inspect import command
 from openclip_otco.inspect.history import read_history
 from openclip_otco.inspect.negatives import block_of, hardest_negatives, spread
 from openclip_otco.inspect.saved import newest
@@ -348,9 +347,7 @@ def finished(tmp_path_factory) -> Path:
 
 
 def inspect(run: Path, *words: str) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args([str(run), "--workers", "0", *words]))
+    return command("inspect", run, "--workers", "0", *words)
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from study_fixtures import ONE_SEED, arguments, run
+from commands import command
+from study_fixtures import ONE_SEED, run
 
-from openclip_otco.study import compare
 from openclip_otco.study.study import load
 
 
@@ -81,7 +81,7 @@ def test_a_loss_like_another_with_a_flag_changed(home):
 
 
 def test_no_such_study(home, capsys):
-    assert compare.run(arguments("nowhere.toml")) == 2
+    assert command("compare", "nowhere.toml") == 2
     assert "nowhere.toml: no such file, nor a shipped study (flickr8k-ablations" in capsys.readouterr().err
 
 

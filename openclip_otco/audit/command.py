@@ -15,7 +15,7 @@ from openclip_otco.runs.arguments import add_caption_lines, add_frozen_features
 if TYPE_CHECKING:
     from openclip_otco.audit.settings import CleanSettings
 
-OK, INCOMPLETE, UNUSABLE = 0, 1, 2
+OK, INCOMPLETE = 0, 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +97,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command, and return its exit code.
 
-    0: all is done. 1: --write-clean could not write all shards. 2: one line on stderr says what to change.
+    0: all is done. 1: --write-clean could not write all shards.
+
+    Raises:
+        UserError: something that was given cannot be used.
     """
     # Not at the top: they load torch, which `--help` does without.
     from openclip_otco.audit.audit import run_audit
@@ -107,32 +110,28 @@ def run(args: argparse.Namespace) -> int:
     from openclip_otco.audit.settings import JudgeSettings
     from openclip_otco.audit.source import open_source
 
-    try:
-        columns = (args.csv_img_key, args.csv_caption_key, args.csv_separator)
-        facts = run_audit(
-            open_source(args.data, *columns, args.caption_lines),
-            args.out,
-            JudgeSettings(
-                checkpoint=args.checkpoint,
-                towers=args.towers,
-                model=args.model,
-                precision=args.precision,
-                device=args.device,
-                frozen_features=args.frozen_features,
-                window=args.window,
-                epsilon=args.epsilon,
-                top=args.top,
-                batch_size=args.batch_size,
-                workers=args.workers,
-            ),
-            clean=_clean_settings(args),
-            truth=None if args.truth is None else Truth(args.truth),
-            rank=args.rank,
-            ranks=args.ranks,
-        )
-    except UserError as error:
-        print(f"openclip-otco audit: {error}", file=sys.stderr)
-        return UNUSABLE
+    columns = (args.csv_img_key, args.csv_caption_key, args.csv_separator)
+    facts = run_audit(
+        open_source(args.data, *columns, args.caption_lines),
+        args.out,
+        JudgeSettings(
+            checkpoint=args.checkpoint,
+            towers=args.towers,
+            model=args.model,
+            precision=args.precision,
+            device=args.device,
+            frozen_features=args.frozen_features,
+            window=args.window,
+            epsilon=args.epsilon,
+            top=args.top,
+            batch_size=args.batch_size,
+            workers=args.workers,
+        ),
+        clean=_clean_settings(args),
+        truth=None if args.truth is None else Truth(args.truth),
+        rank=args.rank,
+        ranks=args.ranks,
+    )
     if not facts:  # rank 0 has them
         return OK
     print(page(facts))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from openclip_otco.evaluate.retriever import CalibratedRetriever
     from openclip_otco.runs.encoder import Encoder
 
-OK, UNUSABLE = 0, 2
+OK = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,19 +73,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what `args` ask for: 0, or 2 after one line about what to change."""
-    try:
-        found = evaluate(args)
-        if args.out is not None:
-            from openclip_otco.files import write_text
+    """Do what `args` ask for, and return 0.
 
-            try:
-                write_text(args.out, json.dumps(found, indent=1) + "\n")
-            except OSError as error:
-                raise UserError(f"--out {args.out}: cannot be written: {error.strerror}") from error
-    except UserError as error:
-        print(f"openclip-otco evaluate: {error}", file=sys.stderr)
-        return UNUSABLE
+    Raises:
+        UserError: something that was given cannot be used.
+    """
+    found = evaluate(args)
+    if args.out is not None:
+        from openclip_otco.files import write_text
+
+        try:
+            write_text(args.out, json.dumps(found, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--out {args.out}: cannot be written: {error.strerror}") from error
     print(page(found))
     return OK
 

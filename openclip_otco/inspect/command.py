@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from openclip_otco.errors import UserError
 if TYPE_CHECKING:
     from openclip_otco.inspect.saved import Saved
 
-OK, UNUSABLE = 0, 2
+OK = 0
 PAGE = "inspect.html"
 
 
@@ -36,13 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what `args` ask for: 0, or 2 after one line about what to change."""
-    try:
-        path = inspect(args)
-    except UserError as error:
-        print(f"openclip-otco inspect: {error}", file=sys.stderr)
-        return UNUSABLE
-    print(path)
+    """Do what `args` ask for, and return 0.
+
+    Raises:
+        UserError: as `inspect`.
+    """
+    print(inspect(args))
     return OK
 
 

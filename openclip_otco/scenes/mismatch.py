@@ -4,6 +4,8 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 
+from openclip_otco.errors import UserError
+
 
 def mismatch(captions: Sequence[str], share: float, rng: random.Random) -> dict[int, int]:
     """Deranges the captions within a random share of the pairs.
@@ -17,7 +19,7 @@ def mismatch(captions: Sequence[str], share: float, rng: random.Random) -> dict[
         pair gets its own caption or one of equal text.
 
     Raises:
-        ValueError: when the chosen captions cannot be deranged (a single one, or one text in more than half of them).
+        UserError: when the chosen captions cannot be deranged (a single one, or one text in more than half of them).
     """
     chosen = rng.sample(range(len(captions)), round(share * len(captions)))
     alike: dict[str, list[int]] = defaultdict(list)
@@ -25,7 +27,7 @@ def mismatch(captions: Sequence[str], share: float, rng: random.Random) -> dict[
         alike[captions[index]].append(index)
     step = max(map(len, alike.values()), default=0)
     if 2 * step > len(chosen):
-        raise ValueError(f"--mismatch {share}: {len(chosen)} captions cannot change places; take a larger share")
+        raise UserError(f"--mismatch {share}: {len(chosen)} captions cannot change places; take a larger share")
     # Equal texts stand together, so a turn by the longest such run gives every pair a different text.
     takers = [index for run in alike.values() for index in run]
     return dict(zip(takers, takers[step:] + takers[:step], strict=True))

@@ -3,12 +3,12 @@
 import argparse
 import json
 import random
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from openclip_otco.errors import UserError
 from openclip_otco.scenes.mismatch import mismatch
 from openclip_otco.scenes.pairs import Pair, make_pairs
 
@@ -31,14 +31,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.shards < 1:
-            raise ValueError(f"--shards {self.shards}: give 1 or more")
+            raise UserError(f"--shards {self.shards}: give 1 or more")
         for split in ("train", "val"):
             if (count := getattr(self, split)) < self.shards:
-                raise ValueError(f"--{split} {count}: give at least one pair for each of the --shards {self.shards}")
+                raise UserError(f"--{split} {count}: give at least one pair for each of the --shards {self.shards}")
         if not 0 <= self.mismatch <= 1:
-            raise ValueError(f"--mismatch {self.mismatch}: give a share of the training pairs between 0 and 1")
+            raise UserError(f"--mismatch {self.mismatch}: give a share of the training pairs between 0 and 1")
         if not 32 <= self.size <= 1024:
-            raise ValueError(f"--size {self.size}: give 32 to 1024 pixels")
+            raise UserError(f"--size {self.size}: give 32 to 1024 pixels")
 
 
 def _member(pair: Pair, placed: tuple, **matched: object) -> bytes:
@@ -122,16 +122,16 @@ def write_scenes(folder: Path, settings: Settings, force: bool = False) -> bool:
         False when the very data set was there already, True when it was written.
 
     Raises:
-        ValueError: `folder` holds something else and `force` is off, or the settings do not fit each other.
+        UserError: `folder` holds something else and `force` is off, or the settings do not fit each other.
     """
     state = _state(folder, settings)
     if state == "there" and not force:
         return False
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"OUT_DIR {folder} is a file; name a folder")
+        raise UserError(f"OUT_DIR {folder} is a file; name a folder")
     if state in ("other", "foreign") and not force:
         what = "another scenes data set" if state == "other" else "files that are not a scenes data set"
-        raise ValueError(f"OUT_DIR {folder} holds {what}; name an empty folder, or replace train/ and val/ by --force")
+        raise UserError(f"OUT_DIR {folder} holds {what}; name an empty folder, or replace train/ and val/ by --force")
     # Validation comes first: training avoids its scenes, whatever the number of training pairs.
     val = make_pairs(settings.val, f"{settings.seed} val")
     train = make_pairs(settings.train, f"{settings.seed} train", avoid={pair.scene for pair in val})
@@ -175,16 +175,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `openclip-otco scenes`: 0 when the data set is there, 2 after a line on stderr about what to change."""
+    """Runs `openclip-otco scenes`, and returns 0.
+
+    Raises:
+        UserError: the settings do not fit each other, or the folder cannot be used.
+    """
+    settings = Settings(args.train, args.val, args.mismatch, args.seed, args.size, args.shards)
     try:
-        settings = Settings(args.train, args.val, args.mismatch, args.seed, args.size, args.shards)
         written = write_scenes(args.out_dir, settings, args.force)
-    except ValueError as error:
-        print(f"openclip-otco scenes: error: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
-        print(f"openclip-otco scenes: error: OUT_DIR {args.out_dir} cannot be written: {error}", file=sys.stderr)
-        return 2
+        raise UserError(f"OUT_DIR {args.out_dir} cannot be written: {error}") from error
     last = f"{settings.shards - 1:04d}"
     print(f"{'wrote' if written else 'already there:'} {args.out_dir}")
     shards = [f"--{split}-data '{args.out_dir / split}/{{0000..{last}}}.tar'" for split in ("train", "val")]

@@ -22,7 +22,7 @@ from openclip_otco.study.results import Result
 from openclip_otco.study.run import OPEN_CLIP, Run, RunFailed, run_name, runs
 from openclip_otco.study.study import Study, load, shipped_studies
 
-OK, FAILED, UNUSABLE, STOPPED = 0, 1, 2, 130
+OK, FAILED, STOPPED = 0, 1, 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,10 @@ def run(args: argparse.Namespace, trainer: Sequence[str] = OPEN_CLIP) -> int:
     """Do what `args` ask for; `trainer` is what Python runs as the training script.
 
     Returns:
-        The exit code: 0, 1 if a run failed, 2 for an unusable study, 130 if stopped by Ctrl-C.
+        The exit code: 0, 1 if a run failed, 130 if stopped by Ctrl-C.
+
+    Raises:
+        UserError: the study cannot be used.
     """
     try:
         study = load(args.study)
@@ -62,9 +65,6 @@ def run(args: argparse.Namespace, trainer: Sequence[str] = OPEN_CLIP) -> int:
             check_patched(study)
         with _stopped_by_signals():
             return compare(study, out, trainer, args.jobs)
-    except UserError as error:
-        print(f"openclip-otco compare: {error}", file=sys.stderr)
-        return UNUSABLE
     except KeyboardInterrupt:
         print("openclip-otco compare: stopped; finished runs are kept, the same command goes on", file=sys.stderr)
         return STOPPED

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,13 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`openclip-otco results`: writes the page; 2 where it cannot be made."""
+    """`openclip-otco results`: writes the page, and returns 0.
+
+    Raises:
+        UserError: as `page`, or a file cannot be read or written.
+    """
     try:
         out = args.out or args.folder.with_suffix(".md")
         write_text(out, page(args.folder, args.figures, args.template))
-    except (UserError, OSError) as error:
-        print(f"openclip-otco results: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        raise UserError(str(error)) from error
     return 0
 
 
