@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -33,6 +35,7 @@ from safetensors.torch import save_file
 from torchmetrics.functional.classification import binary_auroc
 
 from openclip_otco.audit import table
+from openclip_otco.audit.clean import write_clean
 from openclip_otco.audit.confidence import PlanJudgement, judge_by_plan
 from openclip_otco.audit.encoder import PairEncoder
 from openclip_otco.audit.folder import AuditFolder
@@ -1076,6 +1079,44 @@ def test_bad_input_gets_one_line(
     # The bar aside.
     assert len(err.strip().split("\r")[-1].splitlines()) == 1
     assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("source.shard_samples", "--data: cannot be read: [Errno 28] no space"),
+        ("table.write", "--out out: cannot be used: [Errno 28] no space"),
+        ("table.metadata", "--out out: cannot be used: [Errno 28] no space"),
+        ("report.write_text", "--out out: cannot be used: [Errno 28] no space"),
+    ],
+)
+def test_an_error_of_the_disk_names_what_was_read_or_written(
+    run_checkpoint: Path,
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    place: str,
+    message: str,
+) -> None:
+    def fail(*given: object, **named: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(f"openclip_otco.audit.{place}", fail)
+    assert audit("--checkpoint", run_checkpoint, "--data", data, "--out", "out", "--workers", 0) == 2
+    assert capsys.readouterr().err.strip().split("\r")[-1].splitlines()[-1] == f"openclip-otco audit: {message}"
+
+
+def test_a_shard_that_is_gone_is_no_error_of_the_clean_data(run: Callable, data: str, tmp_path: Path) -> None:
+    run("out")
+    source, parts = Shards(data), AuditFolder(tmp_path / "out").parts()
+    gone = Path(source.names[1])
+    gone.unlink()
+    with pytest.raises(UserError, match=re.escape(f"--data: {gone} cannot be read: No such file")):
+        write_clean(source, parts, lambda row: True, tmp_path / "clean")
+    with pytest.raises(UserError, match=re.escape(f"--data: {gone} cannot be read: No such file")):
+        source.fingerprint()
 
 
 def test_somebody_has_to_judge(data: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

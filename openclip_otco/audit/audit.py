@@ -49,7 +49,7 @@ def run_audit(
         The figures, which also stand in `audit.json`; empty for a rank that is not the first.
 
     Raises:
-        UserError, UserError: something that was given cannot be used.
+        UserError: something that was given cannot be used.
     """
     if rank >= ranks:
         raise UserError(f"--rank {rank}: must be below --ranks {ranks}")
@@ -81,7 +81,7 @@ def load_encoder(settings: JudgeSettings) -> PairEncoder:
     """The models that `settings` name.
 
     Raises:
-        UserError, UserError: one of them cannot be loaded.
+        UserError: one of them cannot be loaded.
     """
     trained, device = None, settings.device or _own_gpu()
     if settings.checkpoint is not None:

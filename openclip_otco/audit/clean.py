@@ -57,7 +57,7 @@ def write_clean(
         The number of samples kept, and the shards that were not written.
 
     Raises:
-        UserError: `source` is not what was audited, or `folder` cannot be written.
+        UserError: `source` is not what was audited or cannot be read, or `folder` cannot be written.
     """
     partial = folder.parent / f".{folder.name}.partial"
     try:
@@ -157,9 +157,16 @@ def _write_shard(shard: str, index: int, kept: _Kept, path: Path, by_line: bool)
 
 
 def _compressed_as(shard: str, path: Path) -> IO[bytes]:
-    """`path`, open for writing, with the compression that the content of the file `shard` has, whatever its name."""
-    with open(shard, "rb") as stream:
-        start = stream.read(6)
+    """`path`, open for writing, with the compression that the content of the file `shard` has, whatever its name.
+
+    Raises:
+        UserError: `shard` cannot be read.
+    """
+    try:
+        with open(shard, "rb") as stream:
+            start = stream.read(6)
+    except OSError as error:
+        raise UserError(f"--data: {shard} cannot be read: {error.strerror}") from error
     if start.startswith(b"\x1f\x8b"):
         return cast(IO[bytes], gzip.GzipFile(path, "wb", mtime=0))  # equal data give equal bytes
     if start.startswith(b"BZh"):

@@ -58,16 +58,27 @@ class AuditFolder:
             UserError: the folder belongs to another audit or to something else, is in use, or cannot be written.
         """
         state = json.loads(json.dumps({"version": _VERSION, **settings}))
-        try:
-            if self._holds_other_files():
-                raise UserError(f"--out {self.path}: holds something that is no audit; name a new folder")
-            self._parts.mkdir(parents=True, exist_ok=True)
-            with locked(self._all_parts / ".state"):
-                self._claim(state)
-            with FileLock(self._parts / ".lock").acquire(blocking=False):
+        with contextlib.ExitStack() as held:
+            with self.accessed():
+                if self._holds_other_files():
+                    raise UserError(f"--out {self.path}: holds something that is no audit; name a new folder")
+                self._parts.mkdir(parents=True, exist_ok=True)
+                with locked(self._all_parts / ".state"):
+                    self._claim(state)
+                held.enter_context(FileLock(self._parts / ".lock").acquire(blocking=False))
                 self._drop_broken()
-                with self._failure_noted():
-                    yield
+            with self._failure_noted():
+                yield
+
+    @contextlib.contextmanager
+    def accessed(self) -> Iterator[None]:
+        """For a block that reads or writes files of this folder, and no others.
+
+        Raises:
+            UserError: that failed, or another process is at work in the folder.
+        """
+        try:
+            yield
         except Timeout:
             raise UserError(f"--out {self.path}: another audit is at work in it; wait for its end") from None
         except OSError as error:
@@ -121,11 +132,15 @@ class AuditFolder:
 
         Returns:
             Whether the next part is there already.
+
+        Raises:
+            UserError: it cannot be written.
         """
         note = json.dumps({"end": asdict(end), "last": last, "wrong": wrong})
         schema = table.PART.with_metadata({"audit": note})
         number = len(self.parts())
-        table.write(self._part(number), sorted(rows, key=table.order), schema)
+        with self.accessed():
+            table.write(self._part(number), sorted(rows, key=table.order), schema)
         return self._part(number + 1).is_file()
 
     def progress(self) -> tuple[Cursor, bool]:
@@ -133,7 +148,8 @@ class AuditFolder:
         parts = self.parts()
         if not parts:
             return Cursor(), False
-        note = json.loads(table.metadata(parts[-1])["audit"])
+        with self.accessed():
+            note = json.loads(table.metadata(parts[-1])["audit"])
         return Cursor(**note["end"]), note["last"]
 
     def wrong_shares(self) -> list[WrongShare]:
@@ -185,6 +201,6 @@ class AuditFolder:
 def _reason(error: BaseException) -> str:
     """One line for an error, with its type unless it is an error that was written for users."""
     line = next(iter(str(error).splitlines()), "")
-    if isinstance(error, UserError | UserError):
+    if isinstance(error, UserError):
         return line
     return f"{type(error).__name__}: {line}" if line else type(error).__name__

@@ -26,8 +26,8 @@ def judge_missing(folder: AuditFolder, source: Source, encoder: PairEncoder, set
     """Judge all pairs of `source` that no part of `folder` has yet.
 
     Raises:
-        UserError: a shard cannot be read, or a plan cannot be solved.
-        UserError: the features of a model are not finite.
+        UserError: the data cannot be read, `folder` cannot be written, a plan cannot be solved, or the features of a
+            model are not finite.
     """
     total = source.total()
     # More than once: where a broken part is missing, there are finished parts behind the gap.
@@ -41,7 +41,8 @@ def _judge_to_next_part(
     """Add parts from the first missing one on, up to the next one that is there, or to the end of the data."""
     start, _ = folder.progress()
     solver = PlanSolver(epsilon=settings.epsilon)
-    worst = Worst(settings.top, _worst_so_far(folder.parts()))
+    with folder.accessed():
+        worst = Worst(settings.top, _worst_so_far(folder.parts()))
     end = start
     with tqdm(total=total, initial=start.images, desc="audit", unit="image", disable=None) as bar:
 

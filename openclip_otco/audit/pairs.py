@@ -15,6 +15,7 @@ from torch import Tensor
 from openclip_otco.audit.encoder import PairEncoder
 from openclip_otco.audit.source import RawSample, Source
 from openclip_otco.data import samples
+from openclip_otco.errors import UserError
 from openclip_otco.pages.thumbnail import thumbnail
 
 T = TypeVar("T")
@@ -137,8 +138,7 @@ def stream(
         start: where to begin.
 
     Raises:
-        UserError: a shard cannot be read.
-        UserError: the model's features are not finite.
+        UserError: the data cannot be read, or the model's features are not finite.
     """
     from torch.utils.data import DataLoader
 
@@ -149,7 +149,7 @@ def stream(
         collate_fn=_collate,
     )
     cursor, skip = replace(start, skip=0), start.skip
-    for decoded, pixels in loader:
+    for decoded, pixels in _readable(loader):
         pairs = list(_pairs(decoded, pixels, encoder, batch_size, cursor))
         cursor = Cursor(
             decoded[-1].shard,
@@ -161,6 +161,14 @@ def stream(
         )
         yield pairs[skip:], cursor
         skip = 0
+
+
+def _readable(loader: Iterable[T]) -> Iterator[T]:
+    """What `loader` gives, whose trouble with files and processes is one of the data."""
+    try:
+        yield from loader
+    except OSError as error:
+        raise UserError(f"--data: cannot be read: {samples.last_line(error)}") from error
 
 
 def _pairs(

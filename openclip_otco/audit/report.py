@@ -95,8 +95,10 @@ def write_report(
     Raises:
         UserError: something that was given cannot be used, or there are no pairs.
     """
-    judged, path = Judged.of(folder), folder.path
-    with folder.scratch() as scratch:
+    path = folder.path
+    # The clean data are read and written elsewhere, and their errors are told where they come up.
+    with folder.accessed(), folder.scratch() as scratch:
+        judged = Judged.of(folder)
         ranking = table.Ranking(judged.parts, scratch)
         ranking.write(path / TABLE)
         facts = _facts(judged, about)
@@ -105,7 +107,7 @@ def write_report(
         _write_gallery(path / GALLERY, judged, ranking, facts, top)
         if clean is not None:
             facts |= _write_clean(source, judged, ranking, clean)
-    write_text(path / FACTS, json.dumps(facts, indent=1) + "\n")
+        write_text(path / FACTS, json.dumps(facts, indent=1) + "\n")
     return facts
 
 

@@ -64,7 +64,11 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> list[Any]:
-        """Plain values that are other ones if the data have changed."""
+        """Plain values that are other ones if the data have changed.
+
+        Raises:
+            UserError: a local shard is gone.
+        """
         ...
 
 
@@ -260,5 +264,8 @@ def open_source(data: str, image_key: str, caption_key: str, separator: str, cap
 
 
 def _stat(path: Path) -> tuple[int, int]:
-    found = path.stat()
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise UserError(f"--data: {path} cannot be read: {error.strerror}") from error
     return found.st_size, found.st_mtime_ns

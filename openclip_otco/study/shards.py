@@ -72,7 +72,7 @@ def make(setting: DataSetting, out: Path) -> None:
                 f"writing the shards of {of}",
             )
             _make_once(val, _FLICKR8K, recipe, lambda part: flickr8k.write_val(source(), part))
-        except flickr8k.UserError as error:
+        except UserError as error:
             raise UserError(f"{of}: {error}") from error
 
 
