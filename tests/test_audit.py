@@ -610,6 +610,48 @@ def test_a_rank_that_is_started_again_takes_its_note_away(
     assert rank.failure() is None
 
 
+@pytest.mark.parametrize(
+    ("words", "note"),
+    [
+        (("--data", "none.tar"), "--data none.tar: 1 of 1 shards do not exist, first none.tar"),
+        (("--checkpoint", "none.pt"), "--checkpoint none.pt: no such file"),
+        (("--ranks", 20), "--ranks 20: there are 3 shards; give at most as many ranks"),
+    ],
+)
+def test_a_rank_that_fails_before_it_opens_the_folder_leaves_a_note(
+    rank_words: Callable, tmp_path: Path, words: tuple, note: str
+) -> None:
+    assert audit(*rank_words(2), *words) == 2
+    assert AuditFolder(tmp_path / "out", 2, 3).failure() == note
+    # What the note lies in is no other audit.
+    assert audit(*rank_words(2)) == 0
+    assert AuditFolder(tmp_path / "out", 2, 3).failure() is None
+
+
+def test_a_rank_of_other_settings_leaves_a_note_unless_the_right_one_is_at_work(
+    rank_words: Callable, tmp_path: Path
+) -> None:
+    assert audit(*rank_words(1)) == 0
+    rank = AuditFolder(tmp_path / "out", 2, 3)
+    settings = json.loads((tmp_path / "out/state.json").read_text())
+    settings.pop("version")
+    other = (*rank_words(2), "--window", 8)
+    with rank.opened(settings):
+        assert audit(*other) == 2
+        assert rank.failure() is None
+    assert audit(*other) == 2
+    assert "holds another audit, which differs in --window" in str(rank.failure())
+
+
+def test_no_note_comes_into_a_folder_of_something_else(rank_words: Callable, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("mine")
+    assert audit(*rank_words(1), "--checkpoint", "none.pt") == 2
+    (tmp_path / "out/mine.txt").rename(tmp_path / "out/state.json")
+    assert audit(*rank_words(1), "--checkpoint", "none.pt") == 2
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["state.json"]
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_nothing(run: Callable, workers: int) -> None:
     assert run("several", "--workers", workers) == run("none")

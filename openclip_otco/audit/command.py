@@ -105,33 +105,35 @@ def run(args: argparse.Namespace) -> int:
     # Not at the top: they load torch, which `--help` does without.
     from openclip_otco.audit.audit import run_audit
     from openclip_otco.audit.clean import KEYS
+    from openclip_otco.audit.folder import AuditFolder
     from openclip_otco.audit.report import GALLERY, TABLE
     from openclip_otco.audit.score import Truth
     from openclip_otco.audit.settings import JudgeSettings
     from openclip_otco.audit.source import open_source
 
-    columns = (args.csv_img_key, args.csv_caption_key, args.csv_separator)
-    facts = run_audit(
-        open_source(args.data, *columns, args.caption_lines),
-        args.out,
-        JudgeSettings(
-            checkpoint=args.checkpoint,
-            towers=args.towers,
-            model=args.model,
-            precision=args.precision,
-            device=args.device,
-            frozen_features=args.frozen_features,
-            window=args.window,
-            epsilon=args.epsilon,
-            top=args.top,
-            batch_size=args.batch_size,
-            workers=args.workers,
-        ),
-        clean=_clean_settings(args),
-        truth=None if args.truth is None else Truth(args.truth),
-        rank=args.rank,
-        ranks=args.ranks,
-    )
+    with AuditFolder(args.out, args.rank, args.ranks).failure_noted():
+        columns = (args.csv_img_key, args.csv_caption_key, args.csv_separator)
+        facts = run_audit(
+            open_source(args.data, *columns, args.caption_lines),
+            args.out,
+            JudgeSettings(
+                checkpoint=args.checkpoint,
+                towers=args.towers,
+                model=args.model,
+                precision=args.precision,
+                device=args.device,
+                frozen_features=args.frozen_features,
+                window=args.window,
+                epsilon=args.epsilon,
+                top=args.top,
+                batch_size=args.batch_size,
+                workers=args.workers,
+            ),
+            clean=_clean_settings(args),
+            truth=None if args.truth is None else Truth(args.truth),
+            rank=args.rank,
+            ranks=args.ranks,
+        )
     if not facts:  # rank 0 has them
         return OK
     print(page(facts))

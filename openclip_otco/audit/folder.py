@@ -52,23 +52,20 @@ class AuditFolder:
         Args:
             settings: all that decides the rows of the table, by flag: plain values.
 
-        If the work in it fails, a note of the failure stays in the folder, see `failure`.
-
         Raises:
             UserError: the folder belongs to another audit or to something else, is in use, or cannot be written.
         """
         state = json.loads(json.dumps({"version": _VERSION, **settings}))
         with contextlib.ExitStack() as held:
             with self.accessed():
-                if self._holds_other_files():
-                    raise UserError(f"--out {self.path}: holds something that is no audit; name a new folder")
+                self._check_holds_nothing_else()
                 self._parts.mkdir(parents=True, exist_ok=True)
                 with locked(self._all_parts / ".state"):
                     self._claim(state)
                 held.enter_context(FileLock(self._parts / ".lock").acquire(blocking=False))
+                self._note.unlink(missing_ok=True)
                 self._drop_broken()
-            with self._failure_noted():
-                yield
+            yield
 
     @contextlib.contextmanager
     def accessed(self) -> Iterator[None]:
@@ -97,15 +94,25 @@ class AuditFolder:
             )
 
     @contextlib.contextmanager
-    def _failure_noted(self) -> Iterator[None]:
-        """Leaves a note for rank 0 if this rank fails; a rank that was killed cannot."""
-        self._note.unlink(missing_ok=True)
+    def failure_noted(self) -> Iterator[None]:
+        """Leaves a note in the folder, for rank 0, if the block fails on another rank; see `failure`.
+
+        The block may fail before the folder is opened. A process that was killed leaves no note, and none is left where
+        something else than an audit lies, or where another process is at work as this rank.
+        """
         try:
             yield
         except BaseException as error:  # also of Ctrl-C
-            with contextlib.suppress(OSError):  # a full disk must not hide why the rank failed
-                write_text(self._note, _reason(error) + "\n")
+            if 0 < self.rank < self.ranks:
+                with contextlib.suppress(OSError, UserError):  # of the note; they must not hide why the rank failed
+                    self._leave_note(_reason(error))
             raise
+
+    def _leave_note(self, reason: str) -> None:
+        self._check_holds_nothing_else()
+        self._parts.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._parts / ".lock").acquire(blocking=False):
+            write_text(self._note, f"{reason}\n")
 
     def failure(self) -> str | None:
         """Why this rank failed when it was last at work; None if it left no note."""
@@ -184,11 +191,12 @@ class AuditFolder:
             raise UserError(f"--out {self.path}: its {_STATE} is not an audit's; name another folder")
         return found
 
-    def _holds_other_files(self) -> bool:
-        """Whether the folder holds files of something else than an audit."""
-        if (self.path / _STATE).exists() or not self.path.exists():
-            return False
-        return any(path.name not in (self._all_parts.name, f"{_STATE}.part") for path in self.path.iterdir())
+    def _check_holds_nothing_else(self) -> None:
+        """Raises a `UserError` where the folder holds files of something else than an audit."""
+        if self._state() is not None or not self.path.exists():
+            return
+        if any(path.name not in (self._all_parts.name, f"{_STATE}.part") for path in self.path.iterdir()):
+            raise UserError(f"--out {self.path}: holds something that is no audit; name a new folder")
 
     @property
     def _note(self) -> Path:
