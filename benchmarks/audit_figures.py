@@ -42,7 +42,7 @@ from openclip_otco.audit.witnesses import FOLDS, TowerJudgement, canonical_cosin
 from openclip_otco.frozen.shard_pairs import content_key
 from openclip_otco.frozen.table import FeatureTable
 from openclip_otco.method.solver import PlanSolver
-from openclip_otco.models.registry import home
+from openclip_otco.models.folder import home
 from openclip_otco.runs import checkpoint
 
 WINDOW = 4096

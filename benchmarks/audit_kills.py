@@ -30,7 +30,8 @@ from openclip_otco.audit import judging
 from openclip_otco.audit.encoder import PairEncoder
 from openclip_otco.audit.folder import AuditFolder
 from openclip_otco.audit.report import FACTS, GALLERY, TABLE
-from openclip_otco.models import bert_tiny_folder, prepare_model, register_models
+from openclip_otco.models.folder import bert_tiny_folder
+from openclip_otco.models.registry import prepare_model, register_models
 from openclip_otco.scenes.shards import Settings, write_scenes
 
 PAIRS, WINDOW, BATCH, KILLS = 1600, 32, 8, 20

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from openclip_otco.data import samples
 from openclip_otco.evaluate.metrics import retrieval
 from openclip_otco.evaluate.retriever import CalibratedRetriever, recoupled
-from openclip_otco.models.registry import home
+from openclip_otco.models.folder import home
 from openclip_otco.runs import checkpoint
 from openclip_otco.runs.encoder import Encoder
 from openclip_otco.study import shards

@@ -29,7 +29,7 @@ from tower_features import model_features, tower_features
 from openclip_otco.audit.score import auroc
 from openclip_otco.files import write_text
 from openclip_otco.method.solver import PlanSolver
-from openclip_otco.models.registry import home
+from openclip_otco.models.folder import home
 from openclip_otco.runs import checkpoint
 
 SHARPNESS = (5.0, 10.0)

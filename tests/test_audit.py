@@ -51,7 +51,8 @@ from openclip_otco.data import samples
 from openclip_otco.errors import UserError
 from openclip_otco.method.plan import TransportPlan
 from openclip_otco.method.solver import PlanSolver
-from openclip_otco.models.registry import bert_tiny_folder, prepare_model, register_models
+from openclip_otco.models.folder import bert_tiny_folder
+from openclip_otco.models.registry import prepare_model, register_models
 from openclip_otco.pages.thumbnail import thumbnail
 from openclip_otco.runs import checkpoint
 

@@ -12,6 +12,7 @@ import timm
 import torch
 from forks import start_ranks
 
+from openclip_otco.models import folder as towers
 from openclip_otco.models import registry as models
 from openclip_otco.models.bert_tiny import FILES, broken_file, make_bert_tiny, vocabulary
 from openclip_otco.scenes.caption import describe
@@ -29,8 +30,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(models.HOME, str(tmp_path / "home"))
-    monkeypatch.delenv(models.BERT, raising=False)
+    monkeypatch.setenv(towers.HOME, str(tmp_path / "home"))
+    monkeypatch.delenv(towers.BERT, raising=False)
     models.register_models()
     return tmp_path / "home"
 
@@ -82,7 +83,7 @@ def test_the_vocabulary_covers_scenes_and_ordinary_captions(made: Path) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_broken_folder_is_seen_and_made_whole(name: str, home: Path) -> None:
-    folder = models.bert_tiny_folder()
+    folder = towers.bert_tiny_folder()
     assert folder.parent == home
     line = models.check_model(TINY)
     assert line is not None
@@ -158,18 +159,18 @@ def test_the_vision_towers_of_the_big_models_build(name: str, home: Path) -> Non
 def test_a_local_bert_folder_takes_the_hubs_place(
     home: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(models.BERT, str(made))
+    monkeypatch.setenv(towers.BERT, str(made))
     models.register_models()
     text = open_clip.get_model_config("RN18-bert-base-uncased")["text_cfg"]
     assert text["hf_model_name"] == text["hf_tokenizer_name"] == str(made)
     assert models.check_model("RN18-bert-base-uncased") is None
-    monkeypatch.setenv(models.BERT, str(tmp_path / "nowhere"))
+    monkeypatch.setenv(towers.BERT, str(tmp_path / "nowhere"))
     models.register_models()
     line = models.check_model("RN18-bert-base-uncased")
     assert line is not None
     assert str(tmp_path / "nowhere") in line
-    assert models.BERT in line
-    monkeypatch.delenv(models.BERT)
+    assert towers.BERT in line
+    monkeypatch.delenv(towers.BERT)
     models.register_models()
 
 
@@ -184,7 +185,7 @@ def test_the_hub_is_asked_for_only_when_it_may_be(home: Path, monkeypatch: pytes
     line = models.check_model("RN50-bert-base-uncased")
     assert line is not None
     assert "HF_HUB_OFFLINE" in line
-    assert models.BERT in line
+    assert towers.BERT in line
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, file: file)
     assert models.check_model("RN50-bert-base-uncased") is None
 
@@ -207,7 +208,7 @@ def test_users_own_configurations_are_checked_too(home: Path, made: Path, tmp_pa
 
 def test_an_unwritable_home_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(models.HOME, str(tmp_path / "file" / "home"))
+    monkeypatch.setenv(towers.HOME, str(tmp_path / "file" / "home"))
     models.register_models()
-    with pytest.raises(RuntimeError, match=models.HOME):
+    with pytest.raises(RuntimeError, match=towers.HOME):
         models.prepare_model(TINY)

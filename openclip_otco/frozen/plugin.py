@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from openclip_otco.models.registry import home
+from openclip_otco.models.folder import home
 from openclip_otco.train.options import end
 from openclip_otco.train.training_callback import PlanWriter, TrainingCallback
 

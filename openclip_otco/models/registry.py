@@ -1,60 +1,29 @@
-"""Models: the package's model configurations in OpenCLIP's registry, and the local towers they need."""
+"""Models: the package's model configurations in OpenCLIP's registry, and whether their towers can be loaded."""
 
 import json
-import os
 import tempfile
-from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from openclip_otco.files import locked
-from openclip_otco.models.bert_tiny import broken_file, make_bert_tiny, recipe, whole_safetensors
-from openclip_otco.models.pretrained import PRETRAINED_TOWERS
+from openclip_otco.models.bert_tiny import broken_file
+from openclip_otco.models.folder import (
+    BERT,
+    BERT_BASE,
+    HOME,
+    broken_timm_file,
+    is_folder,
+    is_made_here,
+    local_towers,
+    make_if_broken,
+)
 
-HOME = "OPENCLIP_OTCO_HOME"
-BERT = "OPENCLIP_OTCO_BERT"
-_TINY, _BASE = "bert-tiny", "bert-base-uncased"
 _TIMM_FOLDER = "local-dir:"  # timm's own prefix of a folder's path
-
-
-def home() -> Path:
-    """The user's folder for files that the package makes: `$OPENCLIP_OTCO_HOME`, or one in the user's cache."""
-    if named := os.environ.get(HOME):
-        return Path(named).expanduser().absolute()
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home, as in some containers
-        cache = Path(tempfile.gettempdir())
-    return cache.absolute() / "openclip_otco"
-
-
-def bert_tiny_folder() -> Path:
-    """Where the tiny BERT lies once made; the name changes with its recipe, so an upgrade never meets an old one."""
-    return home() / f"{_TINY}-{recipe()}"
-
-
-def pretrained_folder(tower: str) -> Path:
-    """Where a tower of `PRETRAINED_TOWERS` lies once made; the name changes with the wheel that it comes from."""
-    return home() / f"{tower}-{PRETRAINED_TOWERS[tower].wheel.sha256[:8]}"
-
-
-def _makers() -> dict[str, Callable[[], None]]:
-    """By folder, how the package makes it."""
-    tiny = bert_tiny_folder()
-    makers: dict[str, Callable[[], None]] = {str(tiny): lambda: make_bert_tiny(tiny)}
-    for name, tower in PRETRAINED_TOWERS.items():
-        folder = pretrained_folder(name)
-        makers[str(folder)] = lambda tower=tower, folder=folder: tower.make(folder, home() / "wheels")  # type: ignore[misc]
-    return makers
 
 
 def model_configs() -> dict[str, dict[str, Any]]:
     """The package's configurations by model name, with the folders filled in of the towers that are local ones."""
-    folders = {_TINY: str(bert_tiny_folder()), **{name: str(pretrained_folder(name)) for name in PRETRAINED_TOWERS}}
-    if named := os.environ.get(BERT):
-        folders[_BASE] = str(Path(named).expanduser().absolute())
-    configs = {}
+    folders, configs = local_towers(), {}
     for source in files("openclip_otco.configs").iterdir():
         if source.name.endswith(".json"):
             config = json.loads(source.read_text(encoding="utf-8"))
@@ -100,13 +69,6 @@ def _towers(name: str) -> tuple[str | None, str | None]:
     return folder, config["text_cfg"].get("hf_model_name")
 
 
-def _broken_timm_file(folder: str) -> str | None:
-    """The first file of a folder with a timm model that is missing or cut short."""
-    if not Path(folder, "config.json").is_file():
-        return "config.json"
-    return None if whole_safetensors(Path(folder, "model.safetensors")) else "model.safetensors"
-
-
 def prepare_model(name: str) -> None:
     """Makes the folders that the package makes where model `name` needs them and they are missing or broken.
 
@@ -115,15 +77,11 @@ def prepare_model(name: str) -> None:
     Raises:
         RuntimeError: a folder cannot be written, or pretrained weights cannot be had.
     """
-    makers = _makers()
-    for tower, broken in zip(_towers(name), (_broken_timm_file, broken_file), strict=True):
-        if tower not in makers or broken(tower) is None:
+    for tower, broken in zip(_towers(name), (broken_timm_file, broken_file), strict=True):
+        if tower is None:
             continue
         try:
-            # One rank makes it, the others wait.
-            with locked(Path(tower)):
-                if broken(tower) is not None:
-                    makers[tower]()
+            make_if_broken(tower, broken)
         except OSError as error:
             raise RuntimeError(
                 f"model {name}: its tower cannot be written to {tower} ({error.strerror or error}); "
@@ -133,22 +91,17 @@ def prepare_model(name: str) -> None:
             raise RuntimeError(f"model {name}: {error}") from error
 
 
-def _is_folder(tower: str) -> bool:
-    """A hub's name is NAME or OWNER/NAME; all else, and whatever exists, is a folder."""
-    return tower.startswith((".", "/", "~")) or tower.count("/") > 1 or "\\" in tower or Path(tower).is_dir()
-
-
 def check_model(name: str) -> str | None:
     """One line about why model `name` cannot load its towers, and the cure; None when nothing speaks against it.
 
     OpenCLIP's own message for a missing folder speaks of a hub that the folder never came from.
     """
     image, text = _towers(name)
-    if image is not None and (missing := _broken_timm_file(image)) is not None:
+    if image is not None and (missing := broken_timm_file(image)) is not None:
         return _folder_problem(name, "image", image, missing)
     if text is None:
         return None
-    if _is_folder(text):
+    if is_folder(text):
         missing = broken_file(text)
         return None if missing is None else _folder_problem(name, "text", text, missing)
     return _check_hub(name, text)
@@ -159,10 +112,10 @@ def _folder_problem(name: str, kind: str, tower: str, missing: str) -> str:
     files = "config.json and model.safetensors"
     if kind == "text":
         files = "config.json, the tokenizer's files and model.safetensors"
-    if tower in _makers():
+    if is_made_here(tower):
         code = f"from openclip_otco.models.registry import *; register_models(); prepare_model({name!r})"
         cure = f'make it by python -c "{code}"'
-    elif os.environ.get(BERT) and tower == str(Path(os.environ[BERT]).expanduser().absolute()):
+    elif tower == local_towers().get(BERT_BASE):
         cure = f"let {BERT} name a folder with {files}"
     else:
         cure = f"put {files} there, or correct the configuration"
@@ -178,6 +131,6 @@ def _check_hub(name: str, tower: str) -> str | None:
     if isinstance(try_to_load_from_cache(tower, "config.json"), str):
         return None
     cure = f"unset HF_HUB_OFFLINE to fetch it once, or let {BERT} name a local BERT folder"
-    if tower != _BASE:
+    if tower != BERT_BASE:
         cure = "unset HF_HUB_OFFLINE to fetch it once, or let hf_model_name in the configuration name a folder"
     return f"model {name}: its text tower {tower} is not in the local cache, and the hub is off; {cure}"

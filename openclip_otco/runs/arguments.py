@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from openclip_otco.models.registry import home
+from openclip_otco.models.folder import home
 
 
 def add_frozen_features(parser: argparse.ArgumentParser) -> None:
