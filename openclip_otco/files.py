@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,25 +11,37 @@ from pathlib import Path
 
 from filelock import FileLock
 
+_PARTIAL = ".partial-"
+
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path, synced: bool = False) -> Iterator[Path]:
     """A path to write to, beside `path`; the file takes the place of `path` if the block ends without an error.
 
     A reader, or a kill halfway, meets the old file or the new one. Several processes may do this at once; the last one
-    wins.
+    wins. What a kill leaves, `remove_partial` takes away.
 
     Args:
         path: its parent is made where it is missing.
+        synced: wait until the new file is on the disk, so that a crash of the machine, too, leaves one of the two.
 
     Raises:
         OSError: the parent cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=path.parent) as folder:
         partial = Path(folder, path.name)
         yield partial
+        if synced:
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
         os.replace(partial, path)
+
+
+def remove_partial(folder: Path) -> None:
+    """Deletes what killed processes left in `folder` of files that were to be written whole. None may be at it now."""
+    for partial in folder.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(partial)
 
 
 def write_text(path: Path, text: str) -> None:

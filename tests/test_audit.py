@@ -261,7 +261,7 @@ def test_ranking_of_many_parts(tmp_path: Path) -> None:
     ]
     probabilities = [row["probability"] for row in rows]
     assert ranking.histogram(10) == np.histogram(probabilities, bins=10, range=(0, 1))[0].tolist()
-    assert not (tmp_path / "all.parquet.partial").exists()
+    assert set(tmp_path.iterdir()) == {*parts, tmp_path / "scratch", tmp_path / "all.parquet"}
 
 
 def test_sure_pairs_are_in_the_last_bin(tmp_path: Path) -> None:
@@ -698,8 +698,13 @@ def test_a_killed_process_leaves_what_is_done(run: Callable, run_checkpoint: Pat
     assert process.returncode == -signal.SIGKILL
     done = {path: path.stat().st_mtime_ns for path in out.glob("parts/*.parquet")}
     assert 0 < len(done) < 22
+    # As a kill in the midst of a file leaves them.
+    for folder in (out, out / "parts"):
+        (folder / ".partial-x").mkdir()
+        (folder / ".partial-x/x.parquet").write_bytes(b"half")
     assert run("killed", "--window", 2) == run("whole", "--window", 2)
     assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert not list(out.rglob(".partial-*"))
 
 
 def test_the_folder_of_another_audit_is_left_alone(
@@ -879,7 +884,7 @@ def test_a_part_is_on_the_disk_before_it_has_its_name(
         if what == "replace":
             assert ("fsync", name) in events[:index], name
     assert {name for what, name in events if what == "replace"} >= {
-        "000000.parquet.partial", "audit.parquet.partial", "state.json.part"}  # fmt: skip
+        "000000.parquet", "audit.parquet", "state.json.part"}  # fmt: skip
 
 
 def test_a_threshold_cuts_at_the_probability(run: Callable, tmp_path: Path) -> None:

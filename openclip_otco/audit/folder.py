@@ -17,7 +17,7 @@ from openclip_otco.audit import table
 from openclip_otco.audit.pairs import Cursor
 from openclip_otco.audit.two_groups import WrongShare
 from openclip_otco.errors import UserError
-from openclip_otco.files import locked, write_text
+from openclip_otco.files import locked, remove_partial, write_text
 
 # Goes up whenever the same settings begin to give other parts.
 _VERSION = 3
@@ -175,6 +175,9 @@ class AuditFolder:
             shutil.rmtree(path, ignore_errors=True)
 
     def _drop_broken(self) -> None:
+        remove_partial(self._parts)
+        if self.rank == 0:  # which alone writes the table
+            remove_partial(self.path)
         for path in sorted(self._parts.glob("*.parquet")):
             if not table.is_whole(path):
                 print(f"{path} is broken and will be made again", file=sys.stderr)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,8 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from openclip_otco.files import written_whole
 
 Row = dict[str, Any]
 Place = tuple[int, int, int]
@@ -72,24 +72,14 @@ def rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
 
 
 def write(path: Path, content: Iterable[Row], schema: pa.Schema) -> None:
-    """Write a Parquet file, some rows at a time. A kill leaves the whole file or none; see `_replacing`."""
+    """Write a Parquet file, some rows at a time. A kill leaves the whole file or none."""
     content = iter(content)
     # Statistics of thumbnails would be copies of the least and the greatest one.
     described = [name for name in schema.names if name != "thumbnail"]
     options = {"compression": "zstd", "write_page_checksum": True, "write_statistics": described}
-    with _replacing(path) as partial, pq.ParquetWriter(partial, schema, **options) as writer:
+    with written_whole(path, synced=True) as partial, pq.ParquetWriter(partial, schema, **options) as writer:
         while group := list(itertools.islice(content, _GROUP)):
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which then takes the name `path`. Before that, all of it is on the disk."""
-    partial = path.with_name(f"{path.name}.partial")
-    yield partial
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def is_whole(path: Path) -> bool:
@@ -125,7 +115,7 @@ class Ranking:
         ranked = self._database.sql(
             f"SELECT {columns}, row_number() OVER (ORDER BY {', '.join(ORDER)}) AS rank FROM parts ORDER BY rank"
         )
-        with _replacing(path) as partial:
+        with written_whole(path, synced=True) as partial:
             ranked.write_parquet(str(partial), compression="zstd")
 
     def first(self, count: int, skip: int = 0) -> list[Row]:

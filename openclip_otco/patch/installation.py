@@ -169,8 +169,8 @@ def _changes(current: Status, goal: State) -> dict[Path, bytes | None]:
 def _alone(package: Path) -> Iterator[None]:
     """Keeps other processes that patch the same package waiting.
 
-    The lock is on a file of the package that no patch changes: nothing is left behind. Open for writing, although
-    nothing is written: NFS locks no other files.
+    The lock is on a file of the package that no patch changes: nothing is left behind, as a lock file of filelock's
+    would be. Open for writing, although nothing is written: NFS locks no other files.
     """
     with (package / "__init__.py").open("r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -14,7 +14,8 @@ def locked(folder: Path) -> Iterator[int]:
     """Hold the lock of `folder`, and give its descriptor, which children inherit.
 
     The system frees the lock when the last process that holds it is gone. A command that was killed thus leaves a free
-    folder, but not before the trainings that it could not stop have ended.
+    folder, but not before the trainings that it could not stop have ended. For that, children must get the descriptor,
+    which filelock keeps to itself.
 
     Raises:
         UserError: another process holds it.
