@@ -29,6 +29,7 @@ from openclip_otco.method.plan import TransportPlan
 from openclip_otco.method.solver import PlanSolver
 from openclip_otco.ot import CosineCost, combinatorial_plan, sinkhorn
 from openclip_otco.ot.cost import TILE_ELEMENTS
+from openclip_otco.pages.markdown import markdown_table
 
 FEATURES = Path(__file__).resolve().parents[2] / "shared" / "features"
 EPOCHS = ("epoch01", "epoch10")
@@ -80,8 +81,7 @@ def median(seconds: list[float]) -> float:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    align = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, align, *rows])
+    return markdown_table(head, rows, words=head[:1])
 
 
 def ms(seconds: float) -> str:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openclip_otco.errors import UserError
-from openclip_otco.runs.arguments import add_caption_lines, add_frozen_features
+from openclip_otco.pages.markdown import markdown_table
+from openclip_otco.runs.arguments import (
+    add_caption_lines,
+    add_frozen_features,
+    count,
+    positive,
+    positive_number,
+    share,
+)
 
 if TYPE_CHECKING:
     from openclip_otco.audit.settings import CleanSettings
@@ -38,18 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="device to use (default: the run's, if this machine has it)")
     add_frozen_features(parser)
     add_caption_lines(parser)
-    parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images at once (%(default)s)")
-    parser.add_argument("--workers", type=_count, default=1, metavar="N", help="processes that decode (%(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images at once (%(default)s)")
+    parser.add_argument("--workers", type=count, default=1, metavar="N", help="processes that decode (%(default)s)")
     parser.add_argument(
         "--ranks",
-        type=_positive,
+        type=positive,
         default=os.environ.get("WORLD_SIZE", "1"),
         metavar="N",
         help="processes that share the shards, each started with its --rank (default: torchrun's WORLD_SIZE, else 1)",
     )
     parser.add_argument(
         "--rank",
-        type=_count,
+        type=count,
         default=os.environ.get("RANK", "0"),
         metavar="R",
         help="which of them this one is, from 0; the first one writes the table (default: torchrun's RANK, else 0)",
@@ -58,15 +65,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv-img-key", default="filepath", help="for csv data, the column of paths (%(default)s)")
     parser.add_argument("--csv-caption-key", default="title", help="for csv data, the column of captions (%(default)s)")
     parser.add_argument(
-        "--window", type=_positive, default=4096, metavar="N", help="pairs judged at a time (%(default)s)"
+        "--window", type=positive, default=4096, metavar="N", help="pairs judged at a time (%(default)s)"
     )
     parser.add_argument(
         "--epsilon",
-        type=_positive_number,
+        type=positive_number,
         default=0.03,
         help="entropic regularization of the plans, whatever the run's was (%(default)s)",
     )
-    parser.add_argument("--top", type=_positive, default=100, metavar="N", help="pairs in the gallery (%(default)s)")
+    parser.add_argument("--top", type=positive, default=100, metavar="N", help="pairs in the gallery (%(default)s)")
     parser.add_argument(
         "--truth", metavar="FILE", type=Path, help="csv whose column key lists wrong pairs: prints the AUROC"
     )
@@ -78,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     least = parser.add_mutually_exclusive_group()
     least.add_argument(
-        "--threshold", type=_share, metavar="PROBABILITY", help="--write-clean drops the pairs with a lower one"
+        "--threshold", type=share, metavar="PROBABILITY", help="--write-clean drops the pairs with a lower one"
     )
     least.add_argument(
         "--drop",
@@ -184,40 +191,10 @@ def page(facts: dict[str, Any]) -> str:
             "",
             f"AUROC against {facts['wrong']} wrong pairs:",
             "",
-            f"| {' | '.join(known)} |",
-            f"| {' | '.join('---:' for _ in known)} |",
-            f"| {' | '.join(f'{value:.4f}' for value in known.values())} |",
+            markdown_table(list(known), [[f"{value:.4f}" for value in known.values()]]),
         ]
     return "\n".join(lines)
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("must be 0 or more")
-    return number
-
-
-def _positive_number(text: str) -> float:
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError("must be a positive number")
-    return number
-
-
 def _share_or_auto(text: str) -> float | None:
-    return None if text == "auto" else _share(text)
-
-
-def _share(text: str) -> float:
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError("must be between 0 and 1")
-    return number
+    return None if text == "auto" else share(text)

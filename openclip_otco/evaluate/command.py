@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ from tqdm import tqdm
 
 from openclip_otco.data import samples
 from openclip_otco.errors import UserError
-from openclip_otco.runs.arguments import add_caption_lines, add_frozen_features
+from openclip_otco.pages.markdown import markdown_table
+from openclip_otco.runs.arguments import add_caption_lines, add_frozen_features, count, positive, positive_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,19 +55,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--calibrate-pairs",
-        type=_positive,
+        type=positive,
         default=4096,
         metavar="N",
         help="pairs of --calibrate-data to couple (%(default)s)",
     )
     parser.add_argument(
         "--calibrate-epsilon",
-        type=_positive_number,
+        type=positive_number,
         metavar="EPSILON",
         help="regularization of the plans, in units of the cosine (default: 0.1)",
     )
-    parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images at once (%(default)s)")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that decode (%(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images at once (%(default)s)")
+    parser.add_argument("--workers", type=count, default=1, metavar="N", help="processes that decode (%(default)s)")
     parser.add_argument("--device", help="device to use (default: the run's, where it is there)")
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the metrics here as JSON")
 
@@ -170,11 +170,11 @@ def page(found: dict[str, Any]) -> str:
             lines += [f"Calibrated by {_plans(found['calibration'])}: rsum {calibrated['rsum']:.1f} ({gain:+.1f})"]
             rows += _retrieval_rows(calibrated, ", calibrated")
             rows = rows[::2] + rows[1::2]
-        lines += ["", *_table(["", "R@1", "R@5", "R@10", "mean rank", "median rank"], rows)]
+        lines += ["", markdown_table(["", "R@1", "R@5", "R@10", "mean rank", "median rank"], rows, words=[""])]
     if metrics := found.get("classification"):
         lines += ["", f"Zero-shot classification: {metrics['images']} images, {metrics['classes']} classes", ""]
         shares = [name for name in metrics if name not in ("images", "classes")]
-        lines += _table(shares, [[f"{100 * metrics[name]:.1f}" for name in shares]])
+        lines.append(markdown_table(shares, [[f"{100 * metrics[name]:.1f}" for name in shares]]))
     return "\n".join(lines)
 
 
@@ -259,22 +259,3 @@ def _default_templates() -> list[str]:
     from open_clip import SIMPLE_IMAGENET_TEMPLATES
 
     return [template("{}") for template in SIMPLE_IMAGENET_TEMPLATES]
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    rule = ["---" if not head else "---:" for head in heads]
-    return [f"| {' | '.join(line)} |" for line in (heads, rule, *rows)]
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
-
-
-def _positive_number(text: str) -> float:
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError("must be a positive number")
-    return number

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openclip_otco.errors import UserError
+from openclip_otco.runs.arguments import count, positive
 
 if TYPE_CHECKING:
     from openclip_otco.inspect.saved import Saved
@@ -22,14 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", metavar="SHARDS", help="webdataset shards to show pairs of (default: --train-data of the run)"
     )
-    parser.add_argument("--pairs", type=_positive, default=512, metavar="N", help="pairs to couple (%(default)s)")
-    parser.add_argument("--samples", type=_positive, default=6, metavar="N", help="of them to show (%(default)s)")
+    parser.add_argument("--pairs", type=positive, default=512, metavar="N", help="pairs to couple (%(default)s)")
+    parser.add_argument("--samples", type=positive, default=6, metavar="N", help="of them to show (%(default)s)")
     parser.add_argument(
-        "--negatives", type=_positive, default=4, metavar="N", help="hardest negatives of each sample (%(default)s)"
+        "--negatives", type=positive, default=4, metavar="N", help="hardest negatives of each sample (%(default)s)"
     )
     parser.add_argument("--precision", help="as in training (default: that of the run)")
-    parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images at once (%(default)s)")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that decode (%(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images at once (%(default)s)")
+    parser.add_argument("--workers", type=count, default=1, metavar="N", help="processes that decode (%(default)s)")
     parser.add_argument("--device", help="device to use (default: the run's, where it is there)")
     parser.add_argument("--out", metavar="FILE", type=Path, help=f"write the page here (default: RUN_DIR/{PAGE})")
 
@@ -113,10 +114,3 @@ def _pairs(args: argparse.Namespace, saved: Saved | None, params: Mapping[str, A
         return encode_pairs(encoder, data, args.pairs, args.batch_size, args.workers)
     except UserError as error:
         raise UserError(f"{error}. If the shards moved, name them by --data") from error
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from openclip_otco.errors import UserError
+from openclip_otco.runs.arguments import positive
 from openclip_otco.study import look, results, shards
 from openclip_otco.study.child import Launcher
 from openclip_otco.study.lock import locked
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, help="output folder (default: runs/NAME of the study)")
     parser.add_argument(
         "--jobs",
-        type=_jobs,
+        type=positive,
         default=1,
         metavar="N",
         help="runs at once, which share the cores unless OMP_NUM_THREADS is set (default: 1)",
@@ -264,10 +265,3 @@ def _cancelled_by_signals() -> Iterator[None]:
         for number, handler in before.items():
             loop.remove_signal_handler(number)
             signal.signal(number, handler)
-
-
-def _jobs(text: str) -> int:
-    jobs = int(text)
-    if jobs < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return jobs

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from scipy.stats import t as student_t
 
+from openclip_otco.pages.markdown import markdown_table
 from openclip_otco.runs.train_log import RECALLS
 from openclip_otco.study.mismatch import mismatch
 from openclip_otco.study.results import Result, standard
@@ -14,6 +15,7 @@ from openclip_otco.study.study import DataSetting, Study
 _RECALL_HEADS = [f"{way} R@{k}" for way in ("I→T", "T→I") for k in (1, 5, 10)]
 
 _WHOLE = "rsum, all captions"
+_WORDS = ("data", "loss")
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
@@ -71,7 +73,9 @@ def recall_table(study: Study, results: Sequence[Result], speed: bool = True) ->
         for data, loss, runs in _cells(study, results)
         if runs
     ]
-    return _table(heads, rows) if speed else _table(heads[:-1], [row[:-1] for row in rows])
+    if not speed:
+        heads, rows = heads[:-1], [row[:-1] for row in rows]
+    return markdown_table(heads, rows, words=_WORDS)
 
 
 def against_baseline(study: Study, results: Sequence[Result]) -> str:
@@ -86,7 +90,7 @@ def against_baseline(study: Study, results: Sequence[Result]) -> str:
     return (
         f"Against `{study.losses[0].name}`: ratio of the mean rsum, and differences of rsum, paired by seed"
         f"{'' if len(study.seeds) == 1 else '; bold where the 95 % interval excludes 0'}.\n\n"
-        + _table(["data", "loss", *columns], rows)
+        + markdown_table(["data", "loss", *columns], rows, words=_WORDS)
     )
 
 
@@ -196,9 +200,3 @@ def _versions(results: Sequence[Result]) -> str:
     texts = {", ".join(f"{name} {number}" for name, number in result.versions.items()) for result in results}
     devices = sorted({result.device for result in results if result.device})
     return "; or ".join(sorted(texts)) + (f", on {' and '.join(devices)}" if devices else "")
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    # Numbers are easier to compare when they end at the same place.
-    rule = ["---" if head in ("data", "loss") else "---:" for head in heads]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, rule, *rows))
