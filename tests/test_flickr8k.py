@@ -144,6 +144,17 @@ def test_a_source_that_cannot_be_used_is_one_clear_error(
         flickr8k.write_train(source, tmp_path / "train", "mismatch-40")
 
 
+def test_a_shard_that_lacks_a_file_or_is_torn_is_named(source: Path, tmp_path: Path) -> None:
+    shard = source / "dev-0000.tar"
+    with TarWriter(str(shard), encoder=False) as writer:
+        writer.write({"__key__": "dev0", "jpg": b"dev0 as JPEG", "txt": b"dev0"})
+    with pytest.raises(UserError, match=r"dev-0000\.tar lacks dev0\.jpg or dev0\.json; copy the shard anew"):
+        flickr8k.write_val(source, tmp_path / "val")
+    shard.write_bytes((source / "train-0000.tar").read_bytes()[:700])
+    with pytest.raises(UserError, match=r"Flickr8k: .*dev-0000\.tar is no readable tar file"):
+        flickr8k.write_val(source, tmp_path / "other")
+
+
 @pytest.mark.parametrize(
     ("table", "told"),
     [

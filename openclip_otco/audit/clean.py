@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import IO, cast
 
 from openclip_otco.audit import table
-from openclip_otco.audit.source import CsvRows, File, Shards, Source, shard_samples
+from openclip_otco.audit.source import CsvRows, Shards, Source
 from openclip_otco.data import samples
+from openclip_otco.data.shard import File, is_local, shard_samples
 from openclip_otco.errors import UserError
 
 KEYS = "clean-keys.txt"
@@ -32,7 +33,7 @@ def check_target(folder: Path, source: Source) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--write-clean {folder}: is there and not empty; name a new folder")
     if isinstance(source, Shards):
-        names = Counter(Path(name).name for name in source.names if samples.is_local(name))
+        names = Counter(Path(name).name for name in source.names if is_local(name))
         for name, count in names.most_common(1):
             if count > 1:
                 raise UserError(f"--write-clean: {count} shards are named {name}; audit one --data source at a time")
@@ -70,7 +71,7 @@ def write_clean(
         elif isinstance(source, Shards):
             sizes = {}
             for index, shard in enumerate(source.names):
-                if samples.is_local(shard):
+                if is_local(shard):
                     name = Path(shard).name
                     sizes[name] = _write_shard(shard, index, kept, partial / name, source.caption_lines)
                 else:

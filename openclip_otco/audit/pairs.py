@@ -15,6 +15,7 @@ from torch import Tensor
 from openclip_otco.audit.encoder import PairEncoder
 from openclip_otco.audit.source import RawSample, Source
 from openclip_otco.data import samples
+from openclip_otco.data.shard import last_line
 from openclip_otco.errors import UserError
 from openclip_otco.pages.thumbnail import thumbnail
 
@@ -168,7 +169,7 @@ def _readable(loader: Iterable[T]) -> Iterator[T]:
     try:
         yield from loader
     except OSError as error:
-        raise UserError(f"--data: cannot be read: {samples.last_line(error)}") from error
+        raise UserError(f"--data: cannot be read: {last_line(error)}") from error
 
 
 def _pairs(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from openclip_otco.data import samples
+from openclip_otco.data.shard import is_local, last_line, shard_samples
 from openclip_otco.errors import UserError
 
 # OpenCLIP's `--dataset-type auto` takes files with these endings for CSV files, too.
@@ -72,48 +72,6 @@ class Source(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class File:
-    """A file of a sample in a shard, with its header."""
-
-    header: tarfile.TarInfo
-    kind: str
-    content: bytes
-
-
-def shard_samples(shard: str) -> Iterator[tuple[str, list[File]]]:
-    """Key and files of each sample of a shard: files in a row with the same name up to the first dot, as in WebDataset.
-
-    Args:
-        shard: a path, a URL, or `pipe:` and a command; anything that WebDataset opens.
-
-    Raises:
-        UserError: the shard cannot be read to its end.
-    """
-    from webdataset.gopen import gopen
-    from webdataset.tariterators import base_plus_ext
-
-    key, files = None, list[File]()
-    try:
-        with gopen(shard) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
-            for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # else it keeps all headers in memory
-                of, kind = base_plus_ext(member.name)
-                if of is None or not member.isreg():
-                    continue
-                if of != key and files:
-                    yield str(key), files
-                    files = []
-                key = of
-                content = tar.extractfile(member)
-                assert content is not None  # it is a regular file
-                files.append(File(member, kind.lower(), content.read()))
-    except samples.BROKEN as error:
-        raise UserError(f"--data: {shard} is no readable tar file ({samples.last_line(error)})") from error
-    if files:
-        yield str(key), files
-
-
 class Shards:
     """WebDataset shards, named as for OpenCLIP's `--train-data`: with brace ranges, and `::` between several sources.
 
@@ -142,7 +100,7 @@ class Shards:
         return samples.images(self.data)
 
     def fingerprint(self) -> list[Any]:
-        names = [[name, *_stat(Path(name))] if samples.is_local(name) else [name] for name in self.names]
+        names = [[name, *_stat(Path(name))] if is_local(name) else [name] for name in self.names]
         return [*names, ["--caption-lines"]] if self.caption_lines else names
 
 
@@ -177,7 +135,7 @@ class CsvRows:
             options = {"sep": self.separator, "dtype": str, "keep_default_na": False}
             yield from pandas.read_csv(self.path, chunksize=_ROWS_AT_A_TIME, **options)
         except (OSError, ValueError) as error:
-            raise UserError(f"--data {self.path}: is no readable CSV file ({samples.last_line(error)})") from error
+            raise UserError(f"--data {self.path}: is no readable CSV file ({last_line(error)})") from error
 
     def samples(self, shard: int = 0, number: int = 0) -> Iterator[RawSample]:
         place = 0

@@ -10,11 +10,11 @@ import csv
 import json
 import os
 import random
-import tarfile
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+from openclip_otco.data.shard import shard_samples
 from openclip_otco.errors import UserError
 
 SOURCE = "OPENCLIP_OTCO_FLICKR8K"
@@ -109,22 +109,17 @@ def write_val(source: Path, folder: Path) -> None:
 
 
 def _samples(source: Path, split: str) -> Iterator[tuple[str, tuple[bytes, list[str]]]]:
-    """Key, JPEG bytes and captions of each image."""
+    """Key, JPEG bytes and captions of each image.
+
+    Raises:
+        UserError: a shard cannot be read, or a file of a sample is missing.
+    """
     for path in sorted(source.glob(f"{split}-*.tar")):
-        images: dict[str, bytes] = {}
-        captions: dict[str, list[str]] = {}
-        with tarfile.open(path) as shard:
-            for member in shard:
-                key, _, suffix = member.name.rpartition(".")
-                if suffix in ("jpg", "json") and (stream := shard.extractfile(member)) is not None:
-                    if suffix == "jpg":
-                        images[key] = stream.read()
-                    else:
-                        captions[key] = json.loads(stream.read())["captions"]
-        if odd := sorted(images.keys() ^ captions.keys()):
-            raise UserError(f"Flickr8k: {path} lacks {odd[0]}.jpg or {odd[0]}.json; copy the shard anew")
-        for key in images:
-            yield key, (images[key], captions[key])
+        for key, files in shard_samples(str(path), "Flickr8k"):
+            content = {file.kind: file.content for file in files}
+            if not {"jpg", "json"} <= content.keys():
+                raise UserError(f"Flickr8k: {path} lacks {key}.jpg or {key}.json; copy the shard anew")
+            yield key, (content["jpg"], json.loads(content["json"])["captions"])
 
 
 def _list(source: Path, mismatch: str) -> Path:

@@ -3,21 +3,18 @@
 import functools
 import json
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from braceexpand import braceexpand
 
+from openclip_otco.data.shard import BROKEN, is_local, key_and_kind, last_line, shard_samples
 from openclip_otco.errors import UserError
 
 # OpenCLIP's, in its order of preference.
 IMAGE_TYPES = ("jpg", "png", "jpeg", "webp")
-# What reading a torn shard, or a file that is none, raises.
-BROKEN = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -99,9 +96,9 @@ def several_captions(data: str) -> bool:
     """Whether images have more than one caption each in the local shards of `data`, as the first sample tells."""
     try:
         path = next(filter(is_local, shards(data)))
-        with tarfile.open(path) as tar:
-            return len(captions(_first_sample(tar))) > 1
-    except (StopIteration, *BROKEN):
+        _, files = next(shard_samples(path))
+        return len(captions({file.kind: file.content for file in files})) > 1
+    except (StopIteration, ValueError):
         return False
 
 
@@ -117,7 +114,7 @@ def images(data: str) -> int | None:
             return None
         try:
             with tarfile.open(shard) as tar:
-                total += sum(_kind(member.name) in IMAGE_TYPES for member in tar)
+                total += sum(key_and_kind(member.name)[1] in IMAGE_TYPES for member in tar)
         except BROKEN as error:
             raise UserError(f"--data {data}: {shard} is no readable tar file ({last_line(error)})") from error
     return total
@@ -170,34 +167,3 @@ def _sample(files: dict[str, Any], preprocess: Callable[[Any], Any], by_line: bo
     except (OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"sample {name} cannot be read: {last_line(error)}") from error
     return Sample(files["__key__"], image, found, label)
-
-
-def _first_sample(tar: tarfile.TarFile) -> dict[str, bytes]:
-    files: dict[str, bytes] = {}
-    first = None
-    for member in tar:
-        stream = tar.extractfile(member)
-        if stream is None:
-            continue
-        name = member.name.removesuffix(f".{_kind(member.name)}")
-        first = first or name
-        if name != first:
-            break
-        files[_kind(member.name)] = stream.read()
-    return files
-
-
-def _kind(name: str) -> str:
-    """All after the first dot of the file's name: webdataset's rule for where the key ends."""
-    return name.rpartition("/")[2].partition(".")[2].lower()
-
-
-def is_local(shard: str) -> bool:
-    """Whether a shard is a file of this machine, neither a URL nor a `pipe:`."""
-    return not shard.startswith("pipe:") and not urlparse(shard).scheme
-
-
-def last_line(error: Exception) -> str:
-    """The message alone: what comes out of a worker has its traceback before it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

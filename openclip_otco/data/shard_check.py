@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import tarfile
-import zlib
-from urllib.parse import urlparse
 
 from webdataset.shardlists import expand_urls
+
+from openclip_otco.data.shard import BROKEN, is_local, key_and_kind, last_line
 
 # Members of a shard that are looked at; a caption stands next to its image, so the first few hundred tell.
 _MEMBERS = 1000
@@ -24,9 +24,9 @@ def caption_problem(data: str) -> str | None:
     """
     for source in filter(None, data.split("::")):
         try:
-            shards = [shard for shard in expand_urls(source) if shard != "-" and not urlparse(shard).scheme]
+            shards = [shard for shard in expand_urls(source) if shard != "-" and is_local(shard)]
         except Exception as error:  # the expansion's own errors have no common base
-            return f"cannot expand {source}: {_first_line(error)}"
+            return f"cannot expand {source}: {last_line(error)}"
         there = next((shard for shard in shards if os.path.isfile(shard)), None)
         if shards and there is None:
             return f"none of the {len(shards)} shards of {source} exists; check the path and the brace range"
@@ -40,16 +40,12 @@ def _shard_problem(shard: str) -> str | None:
     try:
         with tarfile.open(shard) as tar:
             for count, member in enumerate(tar):
-                suffixes.add(member.name.rpartition("/")[2].partition(".")[2].lower())
+                suffixes.add(key_and_kind(member.name)[1])
                 if "txt" in suffixes:
                     return None
                 if count >= _MEMBERS:
                     break
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        return f"{shard} is no readable tar file ({_first_line(error)})"
+    except BROKEN as error:
+        return f"{shard} is no readable tar file ({last_line(error)})"
     found = ", ".join(f".{suffix}" for suffix in sorted(suffixes - {""})) or "nothing"
     return f"{shard} holds no captions: a sample needs KEY.txt beside its image, found {found}"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

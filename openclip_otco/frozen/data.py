@@ -20,7 +20,7 @@ from open_clip_train.precision import get_autocast
 from PIL import Image
 from torch import Tensor
 
-from openclip_otco.data.samples import is_local
+from openclip_otco.data.shard import is_local
 from openclip_otco.frozen.fill import Input, fill, lacking, share
 from openclip_otco.frozen.fingerprint import fingerprint, own_random_numbers, sample_captions, sample_images
 from openclip_otco.frozen.loader import BatchesInOrder, PairTable, SeededBatches, loader

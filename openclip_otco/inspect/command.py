@@ -95,12 +95,13 @@ def _pairs(args: argparse.Namespace, saved: Saved | None, params: Mapping[str, A
         UserError: there are none, with what to do about it.
     """
     from openclip_otco.data import samples
+    from openclip_otco.data.shard import is_local
     from openclip_otco.inspect.pairs import encode_pairs
     from openclip_otco.runs import checkpoint
 
     data = args.data or params.get("train_data")
     # What a run's folder says may be a stranger's, and a `pipe:` is a command.
-    if args.data is None and isinstance(data, str) and not all(map(samples.is_local, samples.expanded(data))):
+    if args.data is None and isinstance(data, str) and not all(map(is_local, samples.expanded(data))):
         raise UserError(f"The run's --train-data {data} is no local file. Name shards to show by --data")
     if saved is None:
         raise UserError(
