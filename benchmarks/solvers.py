@@ -31,7 +31,8 @@ from openclip_otco.ot import CosineCost, combinatorial_plan, sinkhorn
 from openclip_otco.ot.cost import TILE_ELEMENTS
 from openclip_otco.pages.markdown import markdown_table
 
-FEATURES = Path(__file__).resolve().parents[2] / "shared" / "features"
+# A folder with flickr8k-epoch01.safetensors and flickr8k-epoch10.safetensors, each with `image` and `text`, `(n, d)`.
+FEATURES = Path(named) if (named := os.environ.get("OPENCLIP_OTCO_FEATURES")) else None
 EPOCHS = ("epoch01", "epoch10")
 TOL = 1e-3
 DELTA = 0.005
@@ -39,9 +40,9 @@ DELTA = 0.005
 Seconds = dict[str, list[float]]
 
 
-def features(epoch: str, n: int, folder: Path, offset: int = 0) -> tuple[Tensor, Tensor]:
-    """`(n, d)` image and text features: trained ones where the folder is there, else clustered ones."""
-    if not folder.exists():
+def features(epoch: str, n: int, folder: Path | None, offset: int = 0) -> tuple[Tensor, Tensor]:
+    """`(n, d)` image and text features: trained ones from the folder, clustered ones without it."""
+    if folder is None:
         generator = torch.Generator().manual_seed(EPOCHS.index(epoch))
         centres = torch.randn(n // 5 + 1, 512, generator=generator)
         of = torch.randint(len(centres), (n,), generator=generator)
@@ -88,7 +89,7 @@ def ms(seconds: float) -> str:
     return f"{1e3 * seconds:.0f}"
 
 
-def combinatorial_section(n: int, repeats: int, folder: Path, out: dict) -> str:
+def combinatorial_section(n: int, repeats: int, folder: Path | None, out: dict) -> str:
     import ot as pot
     from scipy.optimize import linear_sum_assignment
 
@@ -236,7 +237,7 @@ def add_ott(contenders: dict, notes: dict, array: np.ndarray, epsilon: float) ->
         contenders[f"OTT-JAX, {name}"] = lambda run=run: jax.block_until_ready(run(cost).f)
 
 
-def sinkhorn_section(n: int, repeats: int, folder: Path, slow: bool, out: dict) -> str:
+def sinkhorn_section(n: int, repeats: int, folder: Path | None, slow: bool, out: dict) -> str:
     rows, floors = [], []
     for epoch in EPOCHS[::-1]:
         x, y = features(epoch, n, folder)
@@ -277,7 +278,7 @@ def sinkhorn_section(n: int, repeats: int, folder: Path, slow: bool, out: dict) 
     )
 
 
-def profile_section(n: int, repeats: int, folder: Path, out: dict) -> str:
+def profile_section(n: int, repeats: int, folder: Path | None, out: dict) -> str:
     """Where the time of a Sinkhorn solve goes."""
     from openclip_otco.ot.anderson import Anderson
     from openclip_otco.ot.cost import DenseCost
@@ -311,7 +312,7 @@ def profile_section(n: int, repeats: int, folder: Path, out: dict) -> str:
     return f"## Where the time of a solve goes, ε = {epsilon}\n\n" + table([f"N = {n}", "ms"], rows)
 
 
-def iterations_section(n: int, folder: Path, out: dict) -> str:
+def iterations_section(n: int, folder: Path | None, out: dict) -> str:
     import ot as pot
 
     rows = []
@@ -349,7 +350,7 @@ def iterations_section(n: int, folder: Path, out: dict) -> str:
     return "## Iterations to an L1 error of 1e-3\n\nAll but the first column with acceleration.\n\n" + table(head, rows)
 
 
-def update_section(n: int, repeats: int, folder: Path, out: dict) -> str:
+def update_section(n: int, repeats: int, folder: Path | None, out: dict) -> str:
     """A whole plan update with everything that is logged, and a training step beside it."""
     import timm
     from transformers import BertConfig, BertModel
@@ -395,9 +396,9 @@ def update_section(n: int, repeats: int, folder: Path, out: dict) -> str:
     )
 
 
-def memory_section(n: int, folder: Path, out: dict) -> str:
+def memory_section(n: int, folder: Path | None, out: dict) -> str:
     """In a process of its own, whose peak is this plan's."""
-    command = [sys.executable, __file__, "--memory", str(n), "--features", str(folder)]
+    command = [sys.executable, __file__, "--memory", str(n), *(["--features", str(folder)] if folder else [])]
     measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     out["memory"] = measured
     head = [f"streaming, N = {n}, d = 512, ε = 0.05", "peak above the inputs, MiB", "seconds", "iterations"]
@@ -406,7 +407,7 @@ def memory_section(n: int, folder: Path, out: dict) -> str:
     return f"## Memory\n\nThe float32 matrix alone would be {matrix:.0f} MiB.\n\n" + table(head, rows)
 
 
-def measure_memory(n: int, folder: Path) -> None:
+def measure_memory(n: int, folder: Path | None) -> None:
     x, y = features(EPOCHS[1], n, folder)
 
     def peak(reset: bool) -> float:
@@ -429,7 +430,7 @@ def measure_memory(n: int, folder: Path) -> None:
     print(json.dumps(runs))
 
 
-def growth_section(largest: int, folder: Path, out: dict, picture: Path) -> str:
+def growth_section(largest: int, folder: Path | None, out: dict, picture: Path) -> str:
     import ot as pot
     from matplotlib.figure import Figure
     from scipy.optimize import linear_sum_assignment
@@ -482,7 +483,7 @@ def growth_section(largest: int, folder: Path, out: dict, picture: Path) -> str:
     )
 
 
-def setting(folder: Path) -> dict[str, str]:
+def setting(folder: Path | None) -> dict[str, str]:
     names = ("torch", "numpy", "scipy", "POT", "geomloss", "ott-jax")
     versions = {}
     for name in names:
@@ -495,7 +496,7 @@ def setting(folder: Path) -> dict[str, str]:
         "Python": platform.python_version(),
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
-        "features": "trained (shared/features)" if folder.exists() else "synthetic clusters",
+        "features": "trained" if folder else "synthetic clusters",
         "tile": f"{TILE_ELEMENTS} entries",
     }
 
@@ -503,7 +504,12 @@ def setting(folder: Path) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for what is measured")
-    parser.add_argument("--features", type=Path, default=FEATURES, help="folder of trained features, if you have it")
+    parser.add_argument(
+        "--features",
+        type=Path,
+        default=FEATURES,
+        help="folder of trained features (default: $OPENCLIP_OTCO_FEATURES, else clustered features are made)",
+    )
     parser.add_argument("--points", type=int, default=4096, help="N of all sections but growth and memory")
     parser.add_argument("--largest", type=int, default=16384, help="largest N of growth and memory")
     parser.add_argument("--repeats", type=int, default=5)

@@ -1,5 +1,6 @@
 """The combinatorial plan against exact solvers, on easy, degenerate and hostile inputs."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from openclip_otco.ot import CosineCost, DenseCost, combinatorial_plan, exact_plan
 from openclip_otco.ot import cost as cost_module
 
-FEATURES = Path(__file__).resolve().parents[2].parent / "shared" / "features" / "flickr8k-epoch10.safetensors"
+FEATURES = "OPENCLIP_OTCO_FEATURES"
 
 
 def rng(seed):
@@ -305,11 +306,11 @@ def test_exact_plan_is_the_optimum_at_any_scale_and_sign(n, m, scaled):
     assert plan.value == pytest.approx(optimum(cost.numpy(), a.numpy(), b.numpy()) * 1.0, abs=1e-9 * spread)
 
 
-@pytest.mark.skipif(not FEATURES.exists(), reason="trained features are not beside the repository")
+@pytest.mark.skipif(FEATURES not in os.environ, reason=f"{FEATURES} names no folder of trained features")
 def test_trained_features_keep_the_contract():
     from safetensors.torch import load_file
 
-    features = load_file(str(FEATURES))
+    features = load_file(Path(os.environ[FEATURES], "flickr8k-epoch10.safetensors"))
     x, y = features["image"][:700], features["text"][:700]
     plan = combinatorial_plan(CosineCost(x, y), 0.005)
     check_contract(plan, 1 - x.float() @ y.float().T, 0.005)
