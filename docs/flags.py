@@ -11,7 +11,7 @@ import jinja2
 from openclip_otco.baselines.plugin import BaselinesPlugin
 from openclip_otco.cli import COMMANDS
 from openclip_otco.frozen.plugin import FrozenFeaturesPlugin
-from openclip_otco.models.registry import home
+from openclip_otco.models.folder import home
 from openclip_otco.study.study import shipped_studies
 from openclip_otco.train.plugin import OPTIONS
 
