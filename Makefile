@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install patch lint browser test test-matrix docs flags quickstart results study page study-calibrated study-cleaned study-quick bench step-cost scaling screenshots clean
+.PHONY: install patch lint browser test test-matrix test-openclip-main docs flags quickstart results study page study-calibrated study-cleaned study-quick bench step-cost scaling screenshots clean
 
 install: patch
 
@@ -46,6 +46,10 @@ test-matrix: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_matrix.py -m training -n 0 -o timeout=3600
 
 # The site, in build/site; what it warns of is an error.
+# OPENCLIP names a checkout of OpenCLIP's main, as docs/install.md says.
+test-openclip-main: install
+	OPENCLIP=$(abspath $(OPENCLIP)) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_openclip_main.py
+
 docs: install
 	$(BIN)/python -m pip install --progress-bar off -e '.[docs]'
 	$(BIN)/mkdocs build --strict

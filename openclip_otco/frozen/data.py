@@ -27,6 +27,7 @@ from openclip_otco.frozen.loader import BatchesInOrder, PairTable, SeededBatches
 from openclip_otco.frozen.shard_pairs import ShardPairs, shard_pairs
 from openclip_otco.frozen.table import FeatureTable
 from openclip_otco.frozen.towers import FrozenTower
+from openclip_otco.train.model_call import batches_have_names
 
 _SPLITS = ("train", "val")
 # Augmentations that change so few images that a few samples may not show it.
@@ -82,7 +83,7 @@ class TableData:
             return "--loss simclr makes views of images"
         if args.distill_model:
             return "--distill-model sees images, too"
-        if args.horovod:
+        if getattr(args, "horovod", False):  # OpenCLIP 4 has it no longer
             return "--horovod"
         if args.dataset_resampled:
             return "--dataset-resampled draws shards"
@@ -151,7 +152,8 @@ class TableData:
             )
         else:
             batches = BatchesInOrder(len(table), args.batch_size)
-        dataloader: Any = loader(table, batches, args.workers, pin_memory=torch.device(args.device).type == "cuda")
+        on_gpu = torch.device(args.device).type == "cuda"
+        dataloader: Any = loader(table, batches, args.workers, on_gpu, named=batches_have_names())
         dataloader.num_batches, dataloader.num_samples = old.dataloader.num_batches, old.dataloader.num_samples
         return DataInfo(dataloader=dataloader, shared_epoch=epoch)
 

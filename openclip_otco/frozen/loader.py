@@ -85,12 +85,14 @@ class PairTable(Dataset[Any]):
         return self.images.take(self.image_rows[chosen]), texts if texts.is_floating_point() else texts.long()
 
 
-def loader(pairs: PairTable, batches: Sampler[list[int]], workers: int, pin_memory: bool) -> DataLoader[Any]:
-    """Batches as OpenCLIP's loaders give them."""
+def loader(
+    pairs: PairTable, batches: Sampler[list[int]], workers: int, pin_memory: bool, named: bool = False
+) -> DataLoader[Any]:
+    """Batches as OpenCLIP's loaders give them: pairs, or if `named` dicts of `image` and `text`."""
     return DataLoader(
         pairs,
         batch_sampler=batches,
-        collate_fn=_as_it_is,
+        collate_fn=_by_name if named else _as_it_is,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
@@ -101,3 +103,7 @@ def loader(pairs: PairTable, batches: Sampler[list[int]], workers: int, pin_memo
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _by_name(batch: Any) -> Any:
+    return dict(zip(("image", "text"), batch, strict=True))

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from openclip_otco.models.folder import home
+from openclip_otco.train.model_call import batches_have_names
 from openclip_otco.train.options import end
 from openclip_otco.train.training_callback import PlanWriter, TrainingCallback
 
@@ -61,8 +62,10 @@ class FrozenFeaturesPlugin:
         def refuse(reason: str) -> NoReturn:
             end(parser, f"argument --frozen-features: {reason}")
 
-        image = args.lock_image and not args.lock_image_unlocked_groups
-        text = args.lock_text and not args.lock_text_unlocked_layers
+        # OpenCLIP 4 counts the head, which may be trained, as the last group of a tower.
+        most_unlocked = 1 if batches_have_names() else 0
+        image = args.lock_image and args.lock_image_unlocked_groups <= most_unlocked
+        text = args.lock_text and args.lock_text_unlocked_layers <= most_unlocked
         if not image and not text:
             refuse("no tower is locked; add --lock-image, or --lock-text with --lock-text-freeze-layer-norm")
         if text and not args.lock_text_freeze_layer_norm:
