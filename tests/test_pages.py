@@ -18,6 +18,7 @@ from openclip_otco.audit.marks import Marks
 from openclip_otco.pages import page as pages
 from openclip_otco.pages.chart import Chart, heat, thinned
 from openclip_otco.pages.gallery import Estimate, Suspect, by_picture, write_gallery
+from openclip_otco.pages.page import percent
 
 FACTS: dict[str, str | int | float] = {"pairs": 31_000, "AUROC": 0.98765, "data": "train/{0000..0007}.tar"}
 ESTIMATE = Estimate(30_000, 0.4012, 0.382, 0.42, [12_000, 0, 3_000, 15_000])
@@ -381,3 +382,18 @@ def test_a_thousand_suspects(tmp_path, visit):
 def test_no_suspects(tmp_path, visit):
     page = visit(gallery(tmp_path, []))
     assert page.locator(".note").inner_text() == "There are no pairs to show."
+
+
+@pytest.mark.parametrize(
+    ("share", "told"),
+    [
+        (0.0, "0 %"),
+        (6.5e-7, "less than 0.1 %"),
+        (0.0012, "0.12 %"),
+        (0.123, "12 %"),
+        (0.9951, "99.51 %"),
+        (1.0, "100 %"),
+    ],
+)
+def test_percentages_claim_no_more_than_is_known(share, told):
+    assert percent(share) == told

@@ -77,7 +77,9 @@ def number(value: Any) -> str:
 
 
 def percent(share: float) -> str:
-    """A share as per cent, to two digits; no more than the estimates are worth."""
+    """A share as per cent, to two digits and not below 0.1 %; no more than the estimates are worth."""
+    if 0 < share < 0.001:
+        return "less than 0.1 %"
     return f"{float(f'{100 * share:.2g}'):g} %" if share < 0.995 else f"{100 * share:.4g} %"
 
 

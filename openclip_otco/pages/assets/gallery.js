@@ -51,7 +51,7 @@
     list.append(...new Set(sorted.map((pair) => pair.card)));
     enter(shown()[0]);
   };
-  const percent = (value) => `${Number((100 * value).toPrecision(2))} %`;
+  const percent = (value) => (value > 0 && value < 0.001 ? "less than 0.1 %" : `${Number((100 * value).toPrecision(2))} %`);
   const tell = () => {
     const drops = [...marks.values()].filter((what) => what === "drop").length;
     const left = shown().length;
