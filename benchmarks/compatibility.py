@@ -102,19 +102,23 @@ def run(folder: Path, file: str) -> dict[str, str]:
         f"tests/{file}.py",
     ]
     environment = {**os.environ, "PYTHONPATH": str(folder / "src"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=_SECONDS, check=False)
+    try:
+        subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return {f"stopped after {_SECONDS} s": "failed"}
     return outcomes(report)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkout", type=Path, help="a clone of OpenCLIP")
+    parser.add_argument("--version", action="append", choices=installation.supported_versions(), help="default: all")
     parser.add_argument("--out", type=Path, required=True, help="JSON Lines; what is there is kept")
     args = parser.parse_args()
     lines = args.out.read_text(encoding="utf-8").splitlines() if args.out.exists() else []
     done = {(line["openclip"], line["file"]) for line in map(json.loads, lines)}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "timm", "webdataset")}
-    for version in installation.supported_versions():
+    for version in args.version or installation.supported_versions():
         with tempfile.TemporaryDirectory() as name:
             theirs = extract(args.checkout, version, Path(name, "theirs"))
             ours = extract(args.checkout, version, Path(name, "ours"))
