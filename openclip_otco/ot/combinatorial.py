@@ -79,7 +79,7 @@ def combinatorial_plan(
         ledger = TransportLedger(row_mass, col_mass, cost.dtype)
     if high == low:
         # Every coupling costs the same, and bidding would have nothing to measure its steps by.
-        return certified(cost, row_mass, col_mass, *ledger.rest(cost), torch.zeros_like(price), 0.0)
+        return certified(cost, row_mass, col_mass, *ledger.place_free(cost), torch.zeros_like(price), 0.0)
 
     spread = high - low
     lists = CandidateLists(cost, low, spread, _NOISE * additive_error, price, seed)
@@ -93,7 +93,7 @@ def combinatorial_plan(
             step *= _FACTOR
     while True:
         rounds += _bid(lists, ledger, price, step, rest, MOST_ROUNDS - rounds)
-        rows, cols, mass = (torch.cat(parts) for parts in zip(ledger.placed(), ledger.rest(cost), strict=True))
+        rows, cols, mass = (torch.cat(parts) for parts in zip(ledger.placed(), ledger.place_free(cost), strict=True))
         plan = certified(cost, row_mass, col_mass, rows, cols, mass, -price * spread, spread, rounds)
         if best is None or plan.additive_error < best.additive_error:
             best = plan
