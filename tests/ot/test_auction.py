@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openclip_otco.ot import DenseCost, combinatorial, combinatorial_plan
+from openclip_otco.ot import DenseCost, auction, combinatorial, combinatorial_plan
 from openclip_otco.ot import cost as cost_module
 from openclip_otco.ot import ledger as ledger_module
 from openclip_otco.ot.candidates import CandidateLists
@@ -204,7 +204,7 @@ def test_price_wars_end_by_longer_steps(monkeypatch, n, m):
     """Costs like `i * j` make every row want the same columns: patience runs out, and the guarantee holds."""
     i, j = torch.arange(n)[:, None] / n, torch.arange(m)[None] / m
     monkeypatch.setattr(combinatorial, "_last_resort", None)  # not needed
-    monkeypatch.setattr(combinatorial, "_PATIENCE", 5)
+    monkeypatch.setattr(auction, "_PATIENCE", 5)
     plan = combinatorial_plan(i * j, 0.005)
     assert plan.additive_error <= 0.005
     assert plan.rounds > 50
@@ -215,7 +215,7 @@ def test_price_wars_end_by_longer_steps(monkeypatch, n, m):
 def test_when_the_rounds_run_out(monkeypatch, exact, n, m):
     matrix = random_cost(n, m, 0)
     monkeypatch.setattr(combinatorial, "MOST_ROUNDS", 2)
-    monkeypatch.setattr(combinatorial, "_PATIENCE", 1)
+    monkeypatch.setattr(auction, "_PATIENCE", 1)
     if exact == "gives up":
 
         def fail(*_):
