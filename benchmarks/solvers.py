@@ -282,25 +282,26 @@ def profile_section(n: int, repeats: int, folder: Path, out: dict) -> str:
     from openclip_otco.ot.anderson import Anderson
     from openclip_otco.ot.cost import DenseCost
     from openclip_otco.ot.group import ALONE
-    from openclip_otco.ot.sinkhorn import _Kernel
+    from openclip_otco.ot.half_steps import KernelHalfSteps
     from openclip_otco.ot.sparse_plan import feasible_duals
 
     x, y = features(EPOCHS[1], n, folder)
     matrix = 1 - x @ y.T
     mass, g, epsilon = torch.full((n,), 1 / n), torch.zeros(n), 0.02
     cost = DenseCost(matrix)
-    kernel = _Kernel(cost, g, epsilon, mass, mass, ALONE)
-    f = kernel.rows(g)
+    half_steps = KernelHalfSteps(cost, g, epsilon, mass, mass, ALONE)
+    kernel = half_steps.kernel
+    f = half_steps.exact_rows(g)
     acceleration = Anderson(mass)
     points = [f + 1e-3 * torch.rand(n) for _ in range(8)]
     seconds = race(
         {
             "range of the cost, which finds NaN": lambda: DenseCost(matrix),
             "feasible duals": lambda: feasible_duals(cost, g),
-            "duals and kernel": lambda: _Kernel(cost, g, epsilon, mass, mass, ALONE),
-            "an iteration": lambda: kernel.step(f),
-            "its two products, `torch.mv`": lambda: (torch.mv(kernel.kernel, mass), torch.mv(kernel.kernel.T, mass)),
-            "the same two reads, `sum`": lambda: (kernel.kernel.sum(), kernel.kernel.sum()),
+            "duals and kernel": lambda: KernelHalfSteps(cost, g, epsilon, mass, mass, ALONE),
+            "an iteration": lambda: half_steps.step(f),
+            "its two products, `torch.mv`": lambda: (torch.mv(kernel, mass), torch.mv(kernel.T, mass)),
+            "the same two reads, `sum`": lambda: (kernel.sum(), kernel.sum()),
             "acceleration": lambda: [acceleration.next(p, 0.9 * p, 1.0) for p in points],
         },
         4 * repeats,

@@ -1,6 +1,5 @@
 """Plans that ranks make together: the same on all of them, the same as one makes alone, and nobody left waiting."""
 
-import importlib
 import logging
 import sys
 import threading
@@ -21,7 +20,7 @@ from openclip_otco.method.cache import PlanCache
 from openclip_otco.method.loss import Features, OTCOLoss
 from openclip_otco.method.solver import PlanSolver
 from openclip_otco.method.window import FeatureWindow
-from openclip_otco.ot import CosineCost, nearest_potentials, sinkhorn
+from openclip_otco.ot import CosineCost, half_steps, nearest_potentials, sinkhorn
 from openclip_otco.ot import cost as cost_module
 from openclip_otco.ot.group import ALONE, DistributedGroup, Group
 from openclip_otco.train.callback import PlanCacheCallback
@@ -82,9 +81,6 @@ def train(hook, failing=None, rank=0):
 
 
 def _break(patch, failing, step, hook):
-    # The package's attribute of this name is the function.
-    module = importlib.import_module("openclip_otco.ot.sinkhorn")
-
     def fail(*args, **kwargs):
         raise MemoryError(failing)
 
@@ -94,8 +90,8 @@ def _break(patch, failing, step, hook):
     elif step == 3:
         owner, name = {
             "the initial plan": (PlanSolver, "_initial"),
-            "the kernel": (module._Kernel, "_filled"),
-            "a half-step": (module.torch, "mv"),
+            "the kernel": (half_steps.KernelHalfSteps, "_make_kernel"),
+            "a half-step": (torch, "mv"),
             "the drift": (solver, "_drift"),
             "the window": (hook.window, "features"),
         }[failing]
