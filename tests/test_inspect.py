@@ -27,8 +27,8 @@ from torch.utils.tensorboard import SummaryWriter
 from openclip_otco import FeatureWindow, OTCOLoss, PlanCache, PlanCacheCallback, PlanSolver
 from openclip_otco.inspect import command
 from openclip_otco.inspect.history import read_history
-from openclip_otco.inspect.negatives import block_of, hardest_negatives, spread
-from openclip_otco.inspect.saved import newest
+from openclip_otco.inspect.negatives import evenly_by_confidence, hardest_negatives, heat_map_pairs
+from openclip_otco.inspect.saved import newest_checkpoint
 from openclip_otco.inspect.views import compare_views
 from openclip_otco.method.support import own_shares, row_shares, support_confidence
 from openclip_otco.models.registry import prepare_model, register_models
@@ -79,13 +79,13 @@ def test_hardest_negatives_are_those_of_the_dense_plan(plan, dense):
 
 def test_a_small_plan_has_as_many_negatives_as_there_are(plan):
     small = PlanSolver().solve(*paired_features(3))
-    found = hardest_negatives(small, spread(small, 6), 4)
+    found = hardest_negatives(small, evenly_by_confidence(small, 6), 4)
     assert len(found) == 3
     assert all(len(sample.texts) == len(sample.images) == 2 for sample in found)
 
 
 def test_samples_run_from_the_least_to_the_most_confident(plan):
-    chosen = spread(plan, 6)
+    chosen = evenly_by_confidence(plan, 6)
     trust = support_confidence(plan)
     assert trust[chosen].tolist() == sorted(trust[chosen].tolist())
     assert trust[chosen[0]] == trust.min()
@@ -94,8 +94,8 @@ def test_samples_run_from_the_least_to_the_most_confident(plan):
 
 
 def test_the_block_has_every_sample_and_no_pair_twice(plan):
-    found = hardest_negatives(plan, spread(plan, 6), 4)
-    block = block_of(found, 24)
+    found = hardest_negatives(plan, evenly_by_confidence(plan, 6), 4)
+    block = heat_map_pairs(found, 24)
     assert len(block) == len(set(block)) <= 24
     near = {negative.index for sample in found for negative in (*sample.texts, *sample.images)}
     assert set(block) <= near | {sample.index for sample in found}
@@ -289,20 +289,20 @@ def state(plans: int, width: int = WIDTH) -> dict:
 def test_the_newest_readable_checkpoint_counts(tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    assert newest(tmp_path) is None
+    assert newest_checkpoint(tmp_path) is None
     weights = {"state_dict": {"w": torch.zeros(2)}}
     torch.save({"epoch": 1, **weights, "plugins": state(2)}, folder / "epoch_1.pt")
     torch.save({"epoch": 2, **weights}, folder / "epoch_2.pt")
     for age, name in enumerate(("epoch_2.pt", "epoch_1.pt")):
         os.utime(folder / name, (1000 - age, 1000 - age))
-    saved = newest(tmp_path)
+    saved = newest_checkpoint(tmp_path)
     assert saved is not None
     assert (saved.checkpoint.name, saved.epoch, saved.plans) == ("epoch_2.pt", 2, ())
     whole = (folder / "epoch_1.pt").read_bytes()
     for cut in (0, 100, len(whole) // 2, len(whole) - 20):
         (folder / "epoch_3.pt").write_bytes(whole[:cut])
         (folder / "epoch_2.pt").unlink(missing_ok=True)
-        saved = newest(tmp_path)
+        saved = newest_checkpoint(tmp_path)
         assert saved is not None
         assert (saved.checkpoint.name, saved.made, saved.skipped) == ("epoch_1.pt", 2, 1)
         assert [plan.step for plan in saved.plans] == [7, 15]
@@ -313,7 +313,7 @@ def test_a_broken_plan_costs_the_plans_only(tmp_path):
     broken = state(2)
     broken["otco"]["cache"]["plans"][0]["f"][0] = torch.nan
     torch.save({"epoch": 4, "plugins": broken}, tmp_path / "checkpoints" / "epoch_4.pt")
-    saved = newest(tmp_path)
+    saved = newest_checkpoint(tmp_path)
     assert saved is not None
     assert (saved.epoch, saved.plans) == (4, ())
 
