@@ -232,7 +232,7 @@ def test_results_of_before_are_readable(home):
     path.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "retrieval"}) + "\n" for line in lines))
     assert results.read(path) == now
     assert [result.run for result in now] == ["clean--clip--s0", "clean--otco--s0"]
-    assert not results.standard(now)
+    assert not results.have_standard_retrieval(now)
 
 
 def test_report_names_no_folders(home):

@@ -20,7 +20,7 @@ from openclip_otco.errors import UserError
 from openclip_otco.files import write_text
 from openclip_otco.study import results, table
 from openclip_otco.study.reliability import reliability_picture
-from openclip_otco.study.results import Result, standard
+from openclip_otco.study.results import Result
 from openclip_otco.study.spread import Spread
 from openclip_otco.study.study import Study, arguments, load
 
@@ -283,7 +283,7 @@ class StudyResults:
         return f"{self.folder.name}/{path.name}"
 
     def _rsum(self, run: Result) -> float:
-        return table.final_rsum(run, standard(self.kept))
+        return sum(table.final_recalls(self.kept)(run))
 
     def _seconds_per_step(self, run: Result) -> float:
         if run.seconds_per_step is None:

@@ -46,8 +46,11 @@ class Result:
         return [int(metrics["epoch"]) for metrics in self.epochs], [rsum(metrics) for metrics in self.epochs]
 
 
-def standard(results: Sequence[Result]) -> bool:
-    """Whether all of `results` have standard retrieval, of several captions an image; nothing is compared where not."""
+def have_standard_retrieval(results: Sequence[Result]) -> bool:
+    """Whether all of `results` have standard retrieval, of several captions an image.
+
+    If one of them has not, no results are compared by it.
+    """
     return bool(results) and all(result.retrieval for result in results)
 
 
