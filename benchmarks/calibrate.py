@@ -35,7 +35,7 @@ from openclip_otco.runs import checkpoint
 from openclip_otco.runs.encoder import Encoder
 from openclip_otco.study import shards
 from openclip_otco.study.run import Run, runs
-from openclip_otco.study.study import load
+from openclip_otco.study.study_file import load
 
 EPSILONS = (0.02, 0.03, 0.05, 0.1, 0.2, 0.5)
 PAIRS = (1024, 4096, 8192)

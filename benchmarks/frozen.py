@@ -25,7 +25,7 @@ from torch import nn
 from openclip_otco.models.registry import prepare_model, register_models
 from openclip_otco.study import shards
 from openclip_otco.study.run import Run, runs
-from openclip_otco.study.study import load
+from openclip_otco.study.study_file import load
 
 STUDY = "flickr8k-frozen"
 

@@ -27,7 +27,7 @@ from study_fixtures import (
 from openclip_otco.errors import UserError
 from openclip_otco.study import compare, results
 from openclip_otco.study.run import RunFailed, runs
-from openclip_otco.study.study import load
+from openclip_otco.study.study_file import load
 
 
 def test_whole_study(home, drawn, capsys):

@@ -11,7 +11,7 @@ import pytest
 
 from openclip_otco.study import look
 from openclip_otco.study.run import runs
-from openclip_otco.study.study import load
+from openclip_otco.study.study_file import load
 
 STUDY = """
 [study]

@@ -13,11 +13,13 @@ import scipy.stats
 from openclip_otco import cli
 from openclip_otco.runs.train_log import RECALLS
 from openclip_otco.study import page_figures, results
-from openclip_otco.study.page import TEMPLATE, StudyResults, page
+from openclip_otco.study.page import TEMPLATE, page
 from openclip_otco.study.reliability import reliability_figure
 from openclip_otco.study.results import Result
 from openclip_otco.study.spread import Spread
-from openclip_otco.study.study import arguments, load, shipped_studies
+from openclip_otco.study.study import arguments
+from openclip_otco.study.study_file import load, shipped_studies
+from openclip_otco.study.study_results import StudyResults
 
 STUDY = "flickr8k-frozen"
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,7 @@ import pytest
 from study_fixtures import ONE_SEED, arguments, run
 
 from openclip_otco.study import compare
-from openclip_otco.study.study import load
+from openclip_otco.study.study_file import load
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from openclip_otco.study.jobs import run_all
 from openclip_otco.study.lock import locked
 from openclip_otco.study.results import Result
 from openclip_otco.study.run import OPEN_CLIP, Run, run_name, runs
-from openclip_otco.study.study import Study, load, shipped_studies
+from openclip_otco.study.study import Study
+from openclip_otco.study.study_file import load, shipped_studies
 
 OK, FAILED, UNUSABLE, STOPPED = 0, 1, 2, 130
 

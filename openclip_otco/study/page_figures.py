@@ -12,7 +12,7 @@ from openclip_otco.study.spread import Spread
 from openclip_otco.study.style import COLOURS, line_style, pyplot
 
 if TYPE_CHECKING:
-    from openclip_otco.study.page import StudyResults
+    from openclip_otco.study.study_results import StudyResults
 
 _RSUM = "rsum (sum of six recalls, %)"
 _SHARE = "training captions that belong to another image, %"
