@@ -129,7 +129,9 @@ def _rank(rank, world, folder):
         # Without an initial plan no rank has use for the whole cost.
         sizes = []
         patch.setattr(solver, "_DRIFT_SUPPORT", 64)  # the drift has costs of its own
-        patch.setattr(cost_module, "whole", lambda cost: sizes.append(cost.shape) or cost.rows(slice(0, cost.shape[0])))
+        patch.setattr(
+            cost_module, "all_rows", lambda cost: sizes.append(cost.shape) or cost.rows(slice(0, cost.shape[0]))
+        )
         out["previous"] = [plan.state_dict() for plan in plans(group, "previous")]
     out["largest part"] = max(n * m for n, m in sizes)
     for failing in FAILURES:
@@ -378,19 +380,19 @@ def test_256_ranks_share_a_plan(monkeypatch):
     meeting = Meeting(count)
     members = [ThreadGroup(rank, count, meeting) for rank in range(count)]
     sizes = {}  # of the largest matrix that a rank lays out
-    whole, local = cost_module.whole, threading.local()
+    all_rows, local = cost_module.all_rows, threading.local()
 
     def watched(cost):
         rank = getattr(local, "rank", None)
         sizes[rank] = max(sizes.get(rank, 0), cost.shape[0] * cost.shape[1])
-        return whole(cost)
+        return all_rows(cost)
 
     def solve(group):
         local.rank = group.rank
         torch.set_num_threads(1)
         return PlanSolver(0.05, group=group).solve(*pair, step=1, previous=previous)
 
-    monkeypatch.setattr(cost_module, "whole", watched)
+    monkeypatch.setattr(cost_module, "all_rows", watched)
     with ThreadPoolExecutor(count) as pool:
         plans = list(pool.map(solve, members))
     assert len({plan.digest() for plan in plans}) == 1
