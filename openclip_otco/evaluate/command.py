@@ -177,7 +177,7 @@ def _check_calibration(args: argparse.Namespace) -> None:
         if value and not args.calibrate:
             raise UserError(f"--calibrate-{flag}: needs --calibrate")
     if args.calibrate_data:
-        calibration_sources.check_apart(args.data, args.calibrate_data)
+        calibration_sources.check_disjoint(args.data, args.calibrate_data)
 
 
 def _retrieval(
@@ -223,13 +223,13 @@ def _classification(
 
 
 def _retriever(encoder: Encoder, args: argparse.Namespace) -> CalibratedRetriever:
-    from openclip_otco.evaluate import calibration_sources as calibration
+    from openclip_otco.evaluate import calibration_sources
     from openclip_otco.evaluate.retriever import EPSILON
 
     epsilon = args.calibrate_epsilon or EPSILON
     if not args.calibrate_data:
-        return calibration.of_checkpoint(args.checkpoint, epsilon, encoder.device)
-    return calibration.of_shards(
+        return calibration_sources.retriever_of_checkpoint(args.checkpoint, epsilon, encoder.device)
+    return calibration_sources.retriever_of_shards(
         encoder,
         args.calibrate_data,
         args.calibrate_pairs,
