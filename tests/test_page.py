@@ -212,16 +212,17 @@ def test_the_oracle_begins_where_the_baseline_is_without_noise(folder: Path) -> 
     assert middles == pytest.approx(np.array(expected))
 
 
-def test_the_waterfall_adds_up(folder: Path) -> None:
-    # A fourth seed of the baseline has no partner.
-    base = [*RECALL["clean", "clip"], 0.9]
+@pytest.mark.parametrize("seeds", [2, 4], ids=["a seed without a baseline", "a seed with a baseline alone"])
+def test_the_waterfall_adds_up_over_shared_seeds(folder: Path, seeds: int) -> None:
+    base = [*RECALL["clean", "clip"], 0.9][:seeds]
+    shared = min(seeds, 3)
     losses = studied(folder, "flickr8k-baselines", {("clean", "clip"): base})
     (axis,) = page_figures.waterfall_figure(losses, studied(folder, "flickr8k-ablations", PARTS), ("clean",)).axes
     bars = [(bar.get_y(), bar.get_y() + bar.get_height()) for bar in axis.patches]
-    clip, both, negatives, trust = (np.mean([rsum(r) for r in each[:3]]) for each in (base, *PARTS.values()))
+    clip, both, negatives, trust = (np.mean([rsum(r) for r in each[:shared]]) for each in (base, *PARTS.values()))
     expected = [(0, negatives - clip), (negatives - clip, both - clip), (0, both - clip), (0, trust - clip)]
     assert np.array(bars) == pytest.approx(np.array(expected), abs=1e-6)
-    paired = scipy.stats.ttest_rel([rsum(r) for r in PARTS["clean", "otco"]], [rsum(r) for r in base[:3]])
+    paired = scipy.stats.ttest_rel(*([rsum(r) for r in each[:shared]] for each in (PARTS["clean", "otco"], base)))
     (whiskers,) = (np.array(each.get_segments()) for each in axis.collections)
     assert whiskers[2][:, 1] == pytest.approx(tuple(paired.confidence_interval(0.95)))
 
