@@ -1,4 +1,4 @@
-"""`openclip-otco compare`: runs the cross of a study, and writes its results, table and pictures."""
+"""`openclip-otco compare`: does all runs of a study, and writes its results, table and pictures."""
 
 import argparse
 import contextlib

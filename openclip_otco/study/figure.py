@@ -65,7 +65,7 @@ def _learning_curves(study: Study, results: Sequence[Result]) -> Any:
 
 
 def _curve(axis: Any, runs: Sequence[Result], index: int, label: str) -> None:
-    """The mean of `runs`, in a band that is its interval, over the epochs that all of them have."""
+    """Draws the mean of `runs` and a band for its interval, over the epochs that all runs have."""
     if not runs:
         return
     curves = [dict(zip(*run.curve(), strict=True)) for run in runs]
@@ -186,7 +186,7 @@ def _cost(study: Study, results: Sequence[Result]) -> Any:
 
 
 def _panels(study: Study, panels: int | None = None, width: float = 4.5) -> tuple[Any, Any]:
-    """A figure with a panel per data setting, or `panels`; more than three stand two in a row, to be read on a page."""
+    """A figure with `panels` panels, or one for each data setting. More than three panels stand two in a row."""
     panels = panels or len(study.data)
     columns = panels if panels <= 3 else 2
     rows = math.ceil(panels / columns)

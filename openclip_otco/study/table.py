@@ -1,4 +1,4 @@
-"""The Markdown table of a study: every loss in every data setting, and each loss against the first."""
+"""The Markdown tables of a study: each loss in each data setting, and each loss compared with the first."""
 
 import math
 import statistics
@@ -92,7 +92,7 @@ def recall_table(study: Study, results: Sequence[Result], speed: bool = True) ->
 
 
 def against_baseline(study: Study, results: Sequence[Result]) -> str:
-    """Each loss against the study's first, with a line that says how; empty where there is nothing to compare."""
+    """The table of each loss against the study's first, with a line that explains it; empty without runs to compare."""
     columns: list[tuple[str, Callable[[_Pairs], str]]] = [
         ("ratio, last", lambda pairs: _ratio(pairs, _last_rsum)),
         ("difference, last", lambda pairs: _difference(pairs, _last_rsum)),
