@@ -12,7 +12,7 @@ import scipy.stats
 
 from openclip_otco import cli
 from openclip_otco.runs.train_log import RECALLS
-from openclip_otco.study import page_figures, results
+from openclip_otco.study import page_figures, results, table
 from openclip_otco.study.page import TEMPLATE, page
 from openclip_otco.study.reliability import reliability_figure
 from openclip_otco.study.results import Result
@@ -132,6 +132,15 @@ def test_a_page(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [f"{STUDY}-noise.png", f"{STUDY}.jsonl", TEMPLATE]
     # The same page again, and nothing drawn.
     assert made(folder, (folder / TEMPLATE).read_text()) == (0, text)
+
+
+def test_recalls_of_all_captions_count_where_all_runs_have_them() -> None:
+    evaluated, trained = result("clean", "clip", 0, 0.4), result("clean", "otco", 0, 0.5, all_captions=False)
+    on_all_captions = [40 + step for step in range(6)]
+    assert table.final_recalls([evaluated])(evaluated) == pytest.approx(on_all_captions)
+    assert table.final_recalls([evaluated, trained])(evaluated) == pytest.approx([each - 5 for each in on_all_captions])
+    with pytest.raises(ValueError, match="clean--otco--s0: was not evaluated"):
+        table.evaluated_recalls(trained)
 
 
 def test_without_all_captions_the_last_epoch_counts(folder: Path) -> None:

@@ -21,8 +21,8 @@ from openclip_otco.ot import (
 )
 from openclip_otco.ot import cost as cost_module
 from openclip_otco.ot.anderson import Anderson
-
-# The package's attribute of this name is the function.
+from openclip_otco.ot.group import ALONE
+from openclip_otco.ot.half_steps import KernelHalfSteps, StreamedHalfSteps
 
 
 def unit(n, d, seed, dtype=torch.float64):
@@ -206,6 +206,31 @@ def test_permuted_points_have_permuted_potentials(n, m, seed, epsilon):
     moved = sinkhorn(matrix[rows][:, cols], epsilon, a[rows], b[cols], tol=1e-9, max_iterations=20_000)
     expected = plan_of(plain, matrix, a, b)[np.ix_(rows.numpy(), cols.numpy())]
     np.testing.assert_allclose(plan_of(moved, matrix[rows][:, cols], a[rows], b[cols]), expected, atol=1e-8)
+
+
+@given(
+    n=st.integers(1, 9), m=st.integers(1, 9), seed=st.integers(0, 999), epsilon=st.sampled_from([0.01, 0.1, 2.0]),
+    spread=st.sampled_from([0.0, 0.1, 5.0]),
+)  # fmt: skip
+@settings(max_examples=100, deadline=None)
+def test_half_steps_of_both_kinds_are_those_of_the_formula(n, m, seed, epsilon, spread):
+    """From near potentials and from far ones, which leave the stored kernel and the plain sums."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.rand(n, m, generator=generator, dtype=torch.float64)
+    a, b = masses(n, seed), masses(m, seed + 1)
+    f = spread * torch.randn(n, generator=generator, dtype=torch.float64)
+    exact_g = -epsilon * logsumexp((f[:, None] - matrix) / epsilon + a.log()[:, None], axis=0)
+    exact_f = -epsilon * logsumexp((exact_g - matrix.numpy()) / epsilon + b.log().numpy(), axis=1)
+    cost = DenseCost(matrix)
+    kernel = KernelHalfSteps(cost, torch.zeros(m, dtype=torch.float64), epsilon, a, b, ALONE)
+    streamed = StreamedHalfSteps(cost.transposed(), epsilon, b, a, ALONE)
+    for half_steps_of_a_kind in (kernel, streamed):
+        g, next_f = half_steps_of_a_kind.step(f)
+        np.testing.assert_allclose(g, exact_g, atol=1e-11 * (1 + spread), rtol=0)
+        np.testing.assert_allclose(next_f, exact_f, atol=1e-11 * (1 + spread), rtol=0)
+    first_f = -epsilon * logsumexp(-matrix.numpy() / epsilon + b.log().numpy(), axis=1)
+    kernel = KernelHalfSteps(cost, torch.zeros(m, dtype=torch.float64), epsilon, a, b, ALONE)
+    np.testing.assert_allclose(kernel.exact_rows(torch.zeros(m)), first_f, atol=1e-11, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
