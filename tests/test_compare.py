@@ -222,7 +222,7 @@ def test_damaged_results_name_the_line(tmp_path):
         results.read(tmp_path / "results.jsonl")
 
 
-def test_results_of_before_are_readable(home):
+def test_results_of_older_versions_are_readable(home):
     """Those of the first studies have no retrieval with all captions."""
     assert run(ONE_SEED) == 0
     path = Path("runs/small/results.jsonl")

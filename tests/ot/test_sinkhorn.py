@@ -208,6 +208,22 @@ def test_permuted_points_have_permuted_potentials(n, m, seed, epsilon):
     np.testing.assert_allclose(plan_of(moved, matrix[rows][:, cols], a[rows], b[cols]), expected, atol=1e-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("epsilon", [0.005, 0.05, 10.0])
+def test_streaming_path_equals_kept_path(monkeypatch, dtype, epsilon):
+    cost = CosineCost(unit(37, 8, 1, dtype), unit(23, 8, 2, dtype))
+    # In float32 the error itself can be told to about 1e-7/ε only.
+    tol, atol = (1e-4, 1e-3) if dtype == torch.float32 else (1e-10, 1e-8)
+    kept = sinkhorn(cost, epsilon, tol=tol)
+    stream(monkeypatch)
+    streamed = sinkhorn(cost, epsilon, tol=tol)
+    assert kept.converged
+    assert streamed.converged
+    torch.testing.assert_close(streamed.f, kept.f, atol=atol, rtol=0)
+    torch.testing.assert_close(streamed.g, kept.g, atol=atol, rtol=0)
+    assert streamed.iterations == pytest.approx(kept.iterations, rel=0.5, abs=1)
+
+
 @given(
     n=st.integers(1, 9), m=st.integers(1, 9), seed=st.integers(0, 999), epsilon=st.sampled_from([0.01, 0.1, 2.0]),
     spread=st.sampled_from([0.0, 0.1, 5.0]),
@@ -231,22 +247,6 @@ def test_half_steps_of_both_kinds_are_those_of_the_formula(n, m, seed, epsilon, 
     first_f = -epsilon * logsumexp(-matrix.numpy() / epsilon + b.log().numpy(), axis=1)
     kernel = KernelHalfSteps(cost, torch.zeros(m, dtype=torch.float64), epsilon, a, b, ALONE)
     np.testing.assert_allclose(kernel.exact_rows(torch.zeros(m)), first_f, atol=1e-11, rtol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("epsilon", [0.005, 0.05, 10.0])
-def test_streaming_path_equals_kept_path(monkeypatch, dtype, epsilon):
-    cost = CosineCost(unit(37, 8, 1, dtype), unit(23, 8, 2, dtype))
-    # In float32 the error itself can be told to about 1e-7/ε only.
-    tol, atol = (1e-4, 1e-3) if dtype == torch.float32 else (1e-10, 1e-8)
-    kept = sinkhorn(cost, epsilon, tol=tol)
-    stream(monkeypatch)
-    streamed = sinkhorn(cost, epsilon, tol=tol)
-    assert kept.converged
-    assert streamed.converged
-    torch.testing.assert_close(streamed.f, kept.f, atol=atol, rtol=0)
-    torch.testing.assert_close(streamed.g, kept.g, atol=atol, rtol=0)
-    assert streamed.iterations == pytest.approx(kept.iterations, rel=0.5, abs=1)
 
 
 class Spy:
@@ -324,7 +324,7 @@ def test_absorbing_often_changes_nothing(monkeypatch, limit):
     torch.testing.assert_close(often.g, rare.g, atol=1e-9, rtol=0)
 
 
-def test_an_underflowing_kernel_is_left_by_the_log_domain(monkeypatch):
+def test_the_log_domain_takes_over_from_an_underflowing_kernel(monkeypatch):
     """Scalings that are never absorbed reach the end of float32, from where the iteration must go on."""
     monkeypatch.setattr(half_steps, "_ABSORB", float("inf"))
     grid = torch.linspace(0, 1, 40)
@@ -356,7 +356,7 @@ def test_every_start_reaches_the_same_fixed_point(path):
         assert warm.value == pytest.approx(cold.value, abs=1e-9)
 
 
-def test_its_own_result_is_a_start_that_needs_one_iteration(path):
+def test_a_start_from_its_own_result_needs_one_iteration(path):
     matrix = 1 - unit(20, 6, 1) @ unit(26, 6, 2).T
     cold = sinkhorn(matrix, 0.02, tol=1e-6)
     for init in (cold, (cold.f, cold.g)):
@@ -371,7 +371,7 @@ def test_its_own_result_is_a_start_that_needs_one_iteration(path):
     seed=st.integers(0, 1000), zeros=st.booleans(),
 )  # fmt: skip
 @settings(max_examples=100, deadline=None)
-def test_what_says_converged_is_a_coupling(n, m, epsilon, scale, dtype, seed, zeros):
+def test_a_converged_result_is_a_coupling(n, m, epsilon, scale, dtype, seed, zeros):
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.rand(n, m, generator=generator, dtype=torch.float64) * scale
     a, b = masses(n, seed, zeros=n // 2 if zeros else 0), masses(m, seed + 1, zeros=m // 3 if zeros else 0)
