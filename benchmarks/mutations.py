@@ -1,7 +1,7 @@
-"""Breaks a line that matters, one at a time, and sees that a test goes red for each.
+"""Breaks one important line at a time, and checks that a test fails each time.
 
 `python benchmarks/mutations.py [--only WORD]` works on a copy of the files that git knows, two mutants at a time, and
-prints a table in Markdown: file, what was broken, the test that goes red. It exits with 1 if a mutant survives.
+prints a table in Markdown: the file, what was broken, the test that fails. It exits with 1 if a mutant survives.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ JOBS = 2
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old` stands once in `file`, and becomes `new`; `tests` are those that should see it."""
+    """`old`, which stands once in `file`, is replaced by `new`; one of `tests` has to fail."""
 
     file: str
     what: str
@@ -99,10 +99,10 @@ MUTANTS = [
 
 
 def run(mutant: Mutant, tree: Path) -> str | None:
-    """The first test that goes red, `None` if all stay green.
+    """The first test that fails; `None` if all pass.
 
     Raises:
-        ValueError: the line is not there, or twice.
+        ValueError: the line is not in the file, or is there twice.
     """
     file = tree / "openclip_otco" / mutant.file
     text = file.read_text(encoding="utf-8")
