@@ -36,8 +36,8 @@ class Mutant:
 MUTANTS = [
     Mutant("ot/half_steps.py", "the c-transform forgets the masses", "bias = g / epsilon + log_b", "bias = g / epsilon",
            "tests/ot/test_sinkhorn.py"),
-    Mutant("ot/sinkhorn.py", "it stops at a hundred times the tolerance", "while best[2] > tol and",
-           "while best[2] > 100 * tol and", "tests/ot/test_sinkhorn.py"),
+    Mutant("ot/sinkhorn.py", "it stops at a hundred times the tolerance", "while best.error > tol and",
+           "while best.error > 100 * tol and", "tests/ot/test_sinkhorn.py"),
     Mutant("ot/combinatorial.py", "the plan is taken before its error is proven",
            "plan = _best_plan(auction, additive_error)",
            "additive_error *= 3\n    plan = _best_plan(auction, additive_error)", "tests/ot/test_combinatorial.py"),

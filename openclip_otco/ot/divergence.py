@@ -33,7 +33,7 @@ def sinkhorn_divergence(
         tol: L1 marginal error of each of the three plans.
 
     Gradients with respect to `x` and `y` are exact for exact potentials (envelope theorem: the potentials are at an
-    optimum, so they count as constants); nothing is recorded through the iterations.
+    optimum, so they count as constants); autograd records none of the iterations.
     """
     terms = (
         entropic_value(x, y, epsilon, a, b, tol, max_iterations),

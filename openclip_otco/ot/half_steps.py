@@ -72,10 +72,10 @@ class StreamedHalfSteps:
 
     def _exact_columns(self, f: Tensor) -> Tensor:
         """The `g`, `(m,)`, that makes the columns exact, from all rows, by a sum of logarithms."""
-        mine = soft_ctransform(self.cost.transposed(), f, self.epsilon, self.a.log())
+        own_g = soft_ctransform(self.cost.transposed(), f, self.epsilon, self.a.log())
         # The processes' exp(-g/ε) are added. Divided by the greatest of them, none overflows.
-        least = self.group.least(mine)
-        return least - self.epsilon * self.group.total(((least - mine) / self.epsilon).exp()).log()
+        least = self.group.least(own_g)
+        return least - self.epsilon * self.group.total(((least - own_g) / self.epsilon).exp()).log()
 
 
 class KernelHalfSteps:

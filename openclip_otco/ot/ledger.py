@@ -191,9 +191,9 @@ class TransportLedger:
         row 1 holds 0.25 of column 0
         free: [0, 2] prices: [0.25, 0.0, 0.0]
         """
-        wanted = torch.zeros_like(price, dtype=torch.bool)
-        wanted[columns] = True
-        on_sale = wanted[self.lots.column]
+        has_bids = torch.zeros_like(price, dtype=torch.bool)
+        has_bids[columns] = True
+        on_sale = has_bids[self.lots.column]
         lots = self.lots.cheapest_first(on_sale)
         bids = Bids(rows, columns, offers, self.supply[rows]).highest_first()
         lot_end = lots.mass.cumsum(0)
@@ -203,10 +203,10 @@ class TransportLedger:
         unchanged, changed = self.lots.at(~on_sale), _lots_after(lots, bids, stretches, sold)
         self.lots = Lots(*(torch.cat(parts) for parts in zip(unchanged, changed, strict=True)))
         least = torch.full_like(price, torch.inf).scatter_reduce_(0, self.lots.column, self.lots.price, "amin")
-        price[wanted] = least[wanted]
+        price[has_bids] = least[has_bids]
 
     def _pay(self, lots: Lots, bids: Bids, stretches: _Stretches, sold: Tensor) -> None:
-        """Buyers have less mass to place; rows that lose what they held have it to place again."""
+        """Takes the sold mass from what the buyers have to place, and gives it to the rows that held it before."""
         self.supply.index_add_(0, bids.row[stretches.bid[sold]], -stretches.length[sold])
         evicted = sold & (lots.row[stretches.lot] >= 0)
         self.supply.index_add_(0, lots.row[stretches.lot[evicted]], stretches.length[evicted])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,8 +138,9 @@ def _nearest_potentials(
             f"got {[tuple(g.shape) for g in candidates]}"
         )
     row_mass, col_mass = (mass.to(cost.dtype) for mass in marginals(cost, a, b))
-    mine = group.part(cost.shape[0])
-    half_steps = StreamedHalfSteps(cost.restricted(mine, slice(None)), epsilon, row_mass[mine], col_mass, group)
+    own_rows = group.part(cost.shape[0])
+    part = cost.restricted(own_rows, slice(None))
+    half_steps = StreamedHalfSteps(part, epsilon, row_mass[own_rows], col_mass, group)
     errors = []
     for g in candidates:
         _, next_g = half_steps.step(g)
@@ -148,6 +150,7 @@ def _nearest_potentials(
 
 
 def _start(cost: Cost, init: SparsePlan | SinkhornResult | Potentials | None) -> Tensor:
+    """The `g`, `(m,)`, to start from."""
     n, m = cost.shape
     if init is None:
         return torch.zeros(m, dtype=cost.dtype, device=cost.device)
@@ -170,30 +173,46 @@ def _solve(
     """
     if group.count > min(cost.shape):
         group = ALONE  # too few rows or columns to give each process one
-    mine = group.part(cost.shape[1])
-    part = held(cost.restricted(slice(None), mine) if group.count > 1 else cost)
-    half_steps: KernelHalfSteps | StreamedHalfSteps
-    if isinstance(part, DenseCost):
-        half_steps = KernelHalfSteps(part, g[mine], epsilon, a, b[mine], group)
-        f = half_steps.exact_rows(g[mine])
-    else:
-        half_steps = StreamedHalfSteps(part.transposed(), epsilon, b[mine], a, group)
-        my_rows = cost.restricted(group.part(cost.shape[0]), slice(None))
-        f = group.joined(soft_ctransform(my_rows, g, epsilon, b.log()), cost.shape[0])
+    half_steps, f = _first_half_step(cost, g, epsilon, a, b, group)
     acceleration = Anderson(a)
-    best = f, g[mine], math.inf
+    best = _Iterate(f, g[group.part(cost.shape[1])], math.inf)
     iterations = 0
-    while best[2] > tol and iterations < max_iterations:
-        g_mine, next_f = half_steps.step(f)
+    while best.error > tol and iterations < max_iterations:
+        own_g, next_f = half_steps.step(f)
         iterations += 1
         error = _marginal_error(a, f, next_f, epsilon)
-        if error < best[2] or iterations == 1:
-            best = f, g_mine, error
+        if error < best.error or iterations == 1:
+            best = _Iterate(f, own_g, error)
         f = acceleration.next(f, next_f, error)
-    return best[0], group.joined(best[1], cost.shape[1]), best[2], iterations
+    return best.f, group.joined(best.own_g, cost.shape[1]), best.error, iterations
+
+
+class _Iterate(NamedTuple):
+    """Potentials that an iteration has reached, with exact columns."""
+
+    f: Tensor
+    own_g: Tensor
+    """Of the columns of this process."""
+    error: float
+    """L1 error of the row marginal."""
+
+
+def _first_half_step(
+    cost: Cost, g: Tensor, epsilon: float, a: Tensor, b: Tensor, group: Group
+) -> tuple[KernelHalfSteps | StreamedHalfSteps, Tensor]:
+    """How to make half-steps for this cost, and the `f`, `(n,)`, that makes the rows exact under `g`, `(m,)`."""
+    own_columns, own_rows = group.part(cost.shape[1]), group.part(cost.shape[0])
+    part = held(cost.restricted(slice(None), own_columns) if group.count > 1 else cost)
+    if isinstance(part, DenseCost):
+        kernel = KernelHalfSteps(part, g[own_columns], epsilon, a, b[own_columns], group)
+        return kernel, kernel.exact_rows(g[own_columns])
+    # Transposed, as each process holds columns here.
+    streamed = StreamedHalfSteps(part.transposed(), epsilon, b[own_columns], a, group)
+    own_f = soft_ctransform(cost.restricted(own_rows, slice(None)), g, epsilon, b.log())
+    return streamed, group.joined(own_f, cost.shape[0])
 
 
 def _marginal_error(mass: Tensor, potential: Tensor, exact: Tensor, epsilon: float) -> float:
-    """L1 distance from `mass` of the marginal under `potential`, where `exact` would meet it."""
+    """L1 error of the marginal under `potential`; under the potential `exact` the marginal is `mass`."""
     excess = torch.expm1((potential - exact) / epsilon).abs()
     return float(torch.where(mass > 0, mass * excess, 0.0).sum())
