@@ -71,9 +71,9 @@ class Measurements:
         return Spread.of([float(value) for value in self.of(name)])
 
     def ahead(self, other: Measurements, name: str, by: str = "seed") -> Spread:
-        """Mean and interval of the difference to `other` under `name`, paired by the values under `by`."""
+        """Mean and interval of the difference to `other` in the values under `name`, paired by those under `by`."""
         bases = {each[by]: each[name] for each in other.all if name in each}
         found = [each[name] - bases[each[by]] for each in self.all if name in each and each[by] in bases]
         if not found:
-            raise UserError(f"{self.path}: no two of the lines asked for have one {by}, and {name}")
+            raise UserError(f"{self.path}: no {by} has a {name} in both of the lists that are compared")
         return Spread.of(found)

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def page(folder: Path, figures: bool = False, template: str = TEMPLATE) -> str:
-    """The page that `folder` holds the template and the results for.
+    """The page, made of the template and the results in `folder`.
 
     A template can call `study(NAME)`, which gives the `StudyResults` of a study, and `lines(NAME)`, which gives the
     `Measurements` of any other list. Further functions give the path of a picture: `reliability(LINES)`, see

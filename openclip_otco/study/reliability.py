@@ -24,7 +24,7 @@ def reliability_picture(path: Path, lines: Sequence[Mapping[str, Any]], draw: bo
     """
     picture = path.with_name(f"{path.stem}-reliability.png")
     if not lines or not all("bins" in line for line in lines):
-        raise UserError(f"{path}: a reliability diagram needs lines with bins, and there are others, or none")
+        raise UserError(f"{path}: a reliability diagram needs lines with bins, and only those")
     # Not at the top: it loads matplotlib, which a page without --figures does without.
     from openclip_otco.study import style
 

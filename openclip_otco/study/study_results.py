@@ -111,7 +111,7 @@ class StudyResults:
         """Mean rsum in percent of that of the baseline on clean data."""
         clean = table.clean_setting(self.study)
         if clean is None:
-            raise UserError(f"{self.study.name}: no setting without mismatch beside others")
+            raise UserError(f"{self.study.name}: has no setting without mismatch to compare others with")
         return 100 * self.rsum(data, loss).mean / self.rsum(clean.name, self.study.losses[0].name).mean
 
     def figure(self, kind: str) -> str:
