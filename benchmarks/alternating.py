@@ -1,8 +1,7 @@
 """OpenCLIP's training script with CLIP and OTCO in turns: Δ steps of one, then Δ steps of the other, on one model.
 
 `python benchmarks/alternating.py FILE.json ARGUMENTS OF open_clip_train.main`; the first rank writes the seconds of
-each block.
-Whatever else the machine does meets both losses alike.
+each block. Other work on the machine slows down both losses alike.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from openclip_otco.train.training_callback import TrainingCallback
 
 
 class Alternating(OTCOLoss):
-    """OTCO's loss, or CLIP's while `turn` says so."""
+    """OTCO's loss while `turn` is `otco`, else CLIP's."""
 
     clip: ClipLoss
     turn = "otco"
@@ -39,7 +38,7 @@ class Alternating(OTCOLoss):
 
 
 class AlternatingPlugin(OTCOPlugin):
-    """OTCO's plugin, with the callback at work in every other block only."""
+    """OTCO's plugin, whose callback works in every other block only."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -60,7 +59,7 @@ class AlternatingPlugin(OTCOPlugin):
 
 
 class Turns(TrainingCallback):
-    """Hands each block's steps to its own loss, and times the block, its plan included."""
+    """Trains the blocks of steps with the two losses in turns, and times each block with its plan."""
 
     name = "otco"
 

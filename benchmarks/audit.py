@@ -1,9 +1,8 @@
-"""Throughput of `openclip-otco audit` beside that of its encoder alone, both from one run.
+"""Throughput of `openclip-otco audit`, and of its encoder alone, from one run.
 
-`python benchmarks/audit.py SHARDS FILE.json --towers NAME`, or `--checkpoint`, or both; arguments are as `audit` takes
-them, but for the file. Every image and every caption is encoded. Clocks run around what the
-encoder does, and around what the loader and the encoder do together; the rest of the time is the audit's own: plans,
-judgements, parts, the ranking and the gallery.
+`python benchmarks/audit.py SHARDS FILE.json --towers NAME`, or `--checkpoint`, or both; the other arguments are those
+of `audit`. Every image and every caption is encoded. One clock times the encoder, another one the loader and the
+encoder together. The rest of the time is the audit's own: plans, judgements, parts, the ranking and the gallery.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from openclip_otco.audit.source import open_source
 
 
 class Clock:
-    """Seconds spent in what it was put around."""
+    """Adds up the seconds of all calls of the functions that it wraps."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

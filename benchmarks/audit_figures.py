@@ -1,13 +1,14 @@
-"""What an audit finds on Flickr8k with planted wrong captions, beside other scores, and the data that it leaves.
+"""How well an audit and other scores find planted wrong captions in Flickr8k, and the data that the audit leaves.
 
 `python benchmarks/audit_figures.py STUDY --truth FOLDER --jsonl FILE` takes runs, shards and features as `make study`
 leaves them: `STUDY/runs`, `STUDY/data`, and the folder of `--frozen-features`. Pairs are judged window by window as
-`openclip-otco audit` judges them, by the same functions, on features that runs have read; only encoding is left out.
+`openclip-otco audit` does it, with the same functions, on features that runs have kept. Only encoding is left out.
 
-A line for each score of each setting: AUROC, average precision (wrong captions are the positives) and, for
-probabilities, the mean gap between what was said and what was true in ten bins (expected calibration error), with the
-bins. `towers` need no training; `both` adds a checkpoint's plan. With `--write-clean`, what the audit leaves of 40 %
-wrong captions goes to `STUDY/data/cleaned-*`, for `configs/flickr8k-cleaned.toml`.
+It writes a line for each score of each setting: AUROC, average precision (wrong captions are the positives) and, for
+probabilities, the expected calibration error with its ten bins: the mean gap between the probability that the audit
+says and the share of right pairs. `towers` needs no training; `both` adds a checkpoint's plan. With `--write-clean` the
+pairs that the audit leaves of the data with 40 % wrong captions go to `STUDY/data/cleaned-*`, for the study
+`configs/flickr8k-cleaned.toml`.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ SETTINGS = {
 
 @dataclass
 class Window:
-    """Pairs that are judged together, and what was said of them."""
+    """Pairs that are judged together, and the judgement of the towers."""
 
     pairs: Tensor
     image: Tensor
@@ -83,7 +84,7 @@ class Setting:
 
     @property
     def wrong_estimated(self) -> WrongShare:
-        """What the towers say of all windows."""
+        """The share of wrong pairs in all windows, as the towers estimate it."""
         return overall_share(
             [each.by_towers.wrong for each in self.windows], [len(each.pairs) for each in self.windows]
         )
@@ -124,7 +125,7 @@ def rows_of(features: Path, kind: str, keys: Tensor) -> Tensor:
 
 
 def trained_features(run: Path, setting: Setting) -> tuple[Tensor, Tensor]:
-    """What the heads of a run's checkpoint make of the towers' features."""
+    """The features that the heads of a run's checkpoint make of those of the towers."""
     (path,) = (run / "checkpoints").glob("epoch_*.pt")
     model = checkpoint.load(path, device="cpu").model
     with torch.inference_mode():
@@ -146,7 +147,7 @@ def by_window(setting: Setting, ask: Callable[[Window], np.ndarray]) -> np.ndarr
 
 
 def without_training(setting: Setting) -> Iterator[dict[str, Any]]:
-    """The witnesses that no training is needed for, each alone and together."""
+    """The lines of the witnesses that need no training, alone and together."""
 
     def towers_of(window: Window) -> tuple[Tensor, Tensor]:
         return centred(setting.image_towers[window.pairs]), centred(setting.text_towers[window.pairs])
@@ -178,7 +179,7 @@ def without_training(setting: Setting) -> Iterator[dict[str, Any]]:
 
 
 def trained(setting: Setting, run: Path, loss: str, seed: int) -> Iterator[dict[str, Any]]:
-    """The witnesses of a checkpoint, and one of them together with the towers."""
+    """The lines of a checkpoint's witnesses, and of its plan together with the towers."""
     v, t = trained_features(run, setting)
 
     def density(window: Window) -> np.ndarray:
@@ -227,7 +228,7 @@ def line(
 
 
 def _average_precision(values: np.ndarray, wrong: np.ndarray) -> float:
-    # As ranks, the highest for the lowest value: torchmetrics takes other numbers for logits, and rounds them.
+    # Of ranks, the highest for the lowest value, as torchmetrics takes other numbers for logits and rounds them.
     ranks = torch.from_numpy(rankdata(-values) / len(values))
     return float(binary_average_precision(ranks, torch.from_numpy(wrong.astype(int))))
 
@@ -286,7 +287,7 @@ def main() -> None:
                 lines += trained(setting, args.study / "runs" / f"{name}--{loss}--s{seed}", loss, seed)
         if args.write_clean and name == CLEAN_FROM:
             lines += write(setting, args.study, setting.kept)
-        # What is finished is kept.
+        # After each setting, so that a crash loses only one.
         args.jsonl.write_text("".join(f"{json.dumps(each)}\n" for each in lines))
 
 

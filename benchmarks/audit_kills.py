@@ -1,9 +1,9 @@
-"""What an audit loses when it is killed: twenty kills by SIGKILL in one audit, each followed by a new start.
+"""How much work an audit loses when it is killed: one audit is killed by SIGKILL and started again, twenty times.
 
 `python benchmarks/audit_kills.py FILE.jsonl`. The data are rendered scenes; the towers are small, with random weights.
-One audit runs undisturbed. The other one is killed at seeded moments: after so many finished windows, and then after a
-random part of the time that a window takes. A line for each kill says how many windows the next start had to judge
-again, and how many images it had to encode again (in windows, too); the last line says whether the table, the gallery
+One audit runs undisturbed. The other one is killed at seeded moments: after a number of finished windows, and then
+after a random part of the time of a window. A line for each kill says how many windows the next start had to judge
+again, and how many images it had to encode again (in windows, too). The last line says whether the table, the gallery
 and the figures are the same bytes as those of the undisturbed audit.
 """
 
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("jsonl", metavar="FILE.jsonl", type=Path)
     parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
     args = parser.parse_args()
-    # The audits are forks of this process, which so needs to load torch only once. Threads would not survive that.
+    # The audits are forks of this process, so that torch is loaded only once. Threads do not survive a fork.
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -76,14 +76,14 @@ def make_towers(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Audit:
-    """The command, and the file into which its process writes a line for each batch and for each window it begins."""
+    """The command `audit`, and the file where its process notes each batch and each window that it begins."""
 
     data: str
     towers: str
     events: Path
 
     def start(self, out: Path) -> int:
-        """Starts the command in a process group of its own; the group's number."""
+        """Starts the command in a process group of its own, and returns the group's number."""
         self.events.write_bytes(b"")
         if pid := os.fork():
             return pid
@@ -98,7 +98,7 @@ class Audit:
             os._exit(code)
 
     def begun(self, what: str) -> int:
-        """How many batches or windows were begun since the last start."""
+        """How many batches or windows the process has begun since the last start."""
         return self.events.read_text().split("\n").count(what)
 
     def _noting(self, what: str, function: Callable) -> Callable:

@@ -1,9 +1,9 @@
-"""Peak memory of `openclip-otco audit` above what it is with the model loaded, for pictures of 1.5 MB each.
+"""Peak memory of `openclip-otco audit`, less the memory with the model loaded, for pictures of 1.5 MB each.
 
-`python benchmarks/audit_memory.py FILE.jsonl`. The shard is a pipe of one noisy JPEG, each time with other bytes behind
-its end, so that nothing of it lies on the disk. `--synthetic` takes made-up features of 64 numbers in place of pictures
-and a model, so that a million pairs take minutes: what is left is the audit's own. Memory is the proportional set size
-(Linux: shared pages are counted once) of this process and of all that it started, the pipe aside.
+`python benchmarks/audit_memory.py FILE.jsonl`. The shard is a pipe, so that nothing of it lies on the disk. It repeats
+one noisy JPEG, with other bytes after its end each time. `--synthetic` uses made-up features of 64 numbers instead of
+pictures and a model: a million pairs then take minutes, and the memory is the audit's own. Memory is the proportional
+set size (Linux: shared pages are counted once) of this process and of all processes that it started, but for the pipe.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def synthetic(args: argparse.Namespace) -> dict[str, Any]:
-    """Peaks of audits of a tenth of the pairs and of all."""
+    """Peaks of two audits: of a tenth of the pairs, and of all pairs."""
     import torch
 
     from openclip_otco.audit import audit, judging

@@ -1,13 +1,13 @@
-"""What plan calibration does for retrieval: every run of a study x sources of the plan x epsilon, a line of JSON each.
+"""How much plan calibration improves retrieval: a line of JSON for each run of a study, source of the plan and epsilon.
 
     python benchmarks/calibrate.py runs/flickr8k --jsonl FILE.jsonl
 
-takes runs, shards and features as `make study` leaves them. Sources of the plan: none (`none`), the newest plan that a
-checkpoint caches (`newest`), all of its plans (`cached`), and a plan over the first pairs of the run's training shards
-(`shards`). Each plan is asked twice: with its potentials (`plan`), and with zeros in their place (`zero`), which is the
-inverted softmax over the same points and shows what transport adds.
+takes runs, shards and features as `make study` leaves them. Sources of the plan are: none (`none`), the newest plan
+that a checkpoint caches (`newest`), all of its plans (`cached`), and a plan over the first pairs of the run's training
+shards (`shards`). Each plan is used twice: with its potentials (`plan`), and with zeros instead of them (`zero`). The
+latter is the inverted softmax over the same points, and shows what transport adds.
 
-Lines that are there already are not made again, as long as their checkpoint is the same. Images and captions of the
+A line that is already in the file is not made again, if its checkpoint is the same. Images and captions of the
 validation set are encoded once for all runs with the same towers; those of training come from the feature tables.
 """
 
@@ -35,7 +35,7 @@ from openclip_otco.runs import checkpoint
 from openclip_otco.runs.encoder import Encoder
 from openclip_otco.study import shards
 from openclip_otco.study.run import Run, runs
-from openclip_otco.study.study import load
+from openclip_otco.study.study_file import load
 
 EPSILONS = (0.02, 0.03, 0.05, 0.1, 0.2, 0.5)
 PAIRS = (1024, 4096, 8192)
@@ -43,7 +43,7 @@ PAIRS = (1024, 4096, 8192)
 
 @dataclass(frozen=True)
 class Cell:
-    """What a line is about. `pairs` are those of `shards`; a checkpoint's own plans have the size that they have."""
+    """What a line is about. `pairs` is the size of a plan of `shards`; it is `None` for a checkpoint's own plans."""
 
     run: str
     checkpoint: str  # SHA-256 of the file, its first 16 digits
@@ -54,7 +54,7 @@ class Cell:
 
 
 def cells(run: Run, digest: str, epsilons: list[float], pairs: list[int], has_plans: bool) -> list[Cell]:
-    """All cells of a run; those of its own plans only if it has some."""
+    """All cells of a run; those of its own plans only if the run has plans."""
     found = [Cell(run.name, digest, "none")]
     sizes: list[tuple[str, int | None]] = [("newest", None), ("cached", None)] if has_plans else []
     sizes += [("shards", size) for size in pairs]
@@ -66,7 +66,7 @@ def cells(run: Run, digest: str, epsilons: list[float], pairs: list[int], has_pl
 
 @dataclass(frozen=True)
 class Validation:
-    """What the towers make of a validation set: images `(n, e)`, texts `(m, e)`, and the image of each text `(m,)`."""
+    """The towers' features of a validation set: images `(n, e)`, texts `(m, e)`, and the image of each text `(m,)`."""
 
     images: Tensor
     texts: Tensor
@@ -84,7 +84,7 @@ class Validation:
 
 
 class TowerStore:
-    """Features of the towers, which all runs of a study share; those of other towers are never taken for them."""
+    """Features of the towers, which all runs of a study share. Runs with other towers get features of their own."""
 
     def __init__(self, features: Path, pairs: int) -> None:
         self.features, self.pairs = features, pairs
@@ -123,7 +123,7 @@ def measured(run: Run, to_do: list[Cell], store: TowerStore) -> Iterator[dict[st
     cached = (
         checkpoint.cached_plans(run.checkpoint) if any(cell.source in ("newest", "cached") for cell in to_do) else []
     )
-    # Both kinds of potentials stand next to each other and share the plan.
+    # The cells of the two kinds of potentials follow each other, and share the plan.
     made: dict[tuple[Any, ...], tuple[CalibratedRetriever, float]] = {}
     for cell in to_do:
         facts: dict[str, Any] = {**asdict(cell), "data": run.data, "loss": run.loss, "seed": run.seed}
@@ -158,7 +158,7 @@ def data_of(run: Run, flag: str) -> str:
 
 
 def kept_cells(path: Path) -> set[Cell]:
-    """The cells of the lines that `path` has."""
+    """The cells of the lines in the file `path`."""
     if not path.is_file():
         return set()
     found = set()

@@ -1,7 +1,7 @@
-"""What OTCO costs beside CLIP, as a function of B, W, Δ, d and N; `scaling.py` checks it against what is counted.
+"""What OTCO costs in addition to CLIP, as a function of B, W, Δ, d and N; `scaling.py` compares it with counts.
 
-Operations are floating-point ones of matrix products (a multiplication and an addition each), per rank. Bytes on the
-wire are those that a rank hands to collectives; an all-reduce moves up to twice that, whatever the number of ranks.
+Operations are the floating-point multiplications and additions of matrix products, per rank. Bytes on the wire are
+those that a rank hands to collectives; an all-reduce moves up to twice as many, for any number of ranks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ DRIFT_SUPPORT = 512
 
 @dataclass(frozen=True)
 class Run:
-    """A training: local batch `B`, ranks `W`, window `Δ`, width `d`, cap of the support, plans kept and drawn."""
+    """A training: local batch `B`, ranks `W`, window `Δ`, width `d`, largest support, plans kept, plans in a step."""
 
     batch: int
     ranks: int
@@ -40,49 +40,49 @@ class Run:
         return 0 if self.ranks == 1 else 7 * n + 1 + iterations * (n + 1) + 8 + (9 + iterations) + 3
 
     def plan_operations(self, first: bool = False) -> float:
-        """Of the products of images with texts in one warm-started plan.
+        """Operations of the products of images with texts, for one warm-started plan.
 
-        The first rank makes the whole cost for the initial plan, and the drift: three divergences' terms for each
-        modality, of 512 points at most. Any other makes its rows and its columns of the cost. Each asks the last plan
-        for its share of the potentials.
+        The first rank computes the whole cost for the initial plan, and the drift: a divergence of three terms for each
+        modality, of 512 points at most. Each other rank computes its rows and its columns of the cost. Every rank
+        computes its share of the last plan's potentials.
         """
         product = 2.0 * self.support**2 * self.width
         drift = 6 * 2.0 * min(self.support, DRIFT_SUPPORT) ** 2 * self.width
         return product / self.ranks + (product + drift if first else 2 * product / self.ranks)
 
     def kernel_operations(self, iterations: int) -> float:
-        """Of the matrix-vector products: two an iteration with this rank's columns of the kernel."""
+        """Operations of the matrix-vector products: two in each iteration, with this rank's columns of the kernel."""
         return (2 * iterations + 1) * 2.0 * self.support**2 / self.ranks
 
     def confidence_operations(self) -> float:
-        """A step: two potentials of each local pair."""
+        """Operations of confidence in a step: two potentials of each local pair."""
         return 2 * 2.0 * self.batch * self.support * self.width
 
     def confidence_floats(self) -> int:
-        """A step: of each local pair its trust, and two potentials that weigh negatives, are gathered."""
+        """Floats that a step gathers for confidence: trust and two potentials for negatives, of each local pair."""
         return 0 if self.ranks == 1 else 3 * self.batch
 
     def transport_floats(self) -> int:
-        """A step with λ > 0: both transported views of each local pair, for each plan drawn."""
+        """Floats that a step with λ > 0 gathers: both transported views of each local pair, for each plan drawn."""
         return 0 if self.ranks == 1 else self.plans_per_step * 2 * self.batch * self.width
 
     def transport_operations(self) -> float:
-        """A step with λ > 0, forward: own potentials and attention over the support, both ways, for each plan drawn."""
+        """Forward operations of a step with λ > 0, for each plan drawn: potentials, and attention over the support."""
         padded = -(-(self.width + 2) // 8) * 8
         support = self.support + 1
         attention = 2 * 2 * 2.0 * self.batch * support * padded
         return self.plans_per_step * (self.confidence_operations() + attention)
 
     def clip_operations(self) -> float:
-        """CLIP's own logits with `--local-loss`, forward, to compare with."""
+        """Forward operations of CLIP's own logits with `--local-loss`, to compare with."""
         return 2 * 2.0 * self.batch * self.batch * self.ranks * self.width
 
     def clip_floats(self) -> int:
-        """CLIP's own gather of features."""
+        """Floats that CLIP itself gathers: its features."""
         return 0 if self.ranks == 1 else 2 * self.batch * self.width
 
     def memory(self) -> int:
-        """Bytes that stay: the plans kept, and the window."""
+        """Bytes that stay allocated: the kept plans, and the window."""
         features = 2 * self.support * self.width
         return FLOAT * (self.cache_size * (features + 2 * self.support) + features)
 

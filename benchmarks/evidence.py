@@ -1,8 +1,9 @@
-"""What a plan knows of the pairs of a frozen Flickr8k run: which are wrong, which negatives are none, what goes where.
+"""What a plan knows of the pairs of a frozen Flickr8k run: wrong pairs, false negatives, and whose a caption is.
 
 `python benchmarks/evidence.py CHECKPOINT SHARDS LIST.csv FILE.json`: a checkpoint of `flickr8k-frozen`, the training
 shards of its run, and the list of mismatched images that they were made by (`key,caption_key`). Features of the towers
-come from the tables of `--frozen-features`. Windows of random pairs are coupled as in training; what is asked of them:
+come from the tables of `--frozen-features`. Windows of random pairs are coupled as in training, and answer three
+questions:
 
 - trust: AUROC of wrong against right pairs that are not in the window, by the plan's density, by the cosine, by a
   second witness that never saw the training, and by the sum of density and witness. The witness is the correlation of
@@ -10,8 +11,8 @@ come from the tables of `--frozen-features`. Windows of random pairs are coupled
   the frozen towers (after Gromov-Wasserstein: Peyré, Cuturi, Solomon, *Gromov-Wasserstein averaging of kernel and
   distance matrices*, ICML 2016).
 - false negatives: AUROC of the density at captions of the same picture, which count as negatives, against all others.
-- rematching: of the wrongly captioned images that have a caption of their own in the window, the share that the plan's
-  row sends there first, and that the product of two softmaxes without marginals would.
+- rematching: among wrongly captioned images whose own caption is in the window, the share for which the plan's row has
+  most of its mass there; the same for the product of two softmaxes, which has no marginals.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ WEIGHT = 0.5
 
 
 class Pairs:
-    """All pairs of the shards: joint and unimodal features, the image of each, and the image its caption is of."""
+    """All pairs of the shards: joint and unimodal features, the image of each, and the image that its caption is of."""
 
     def __init__(self, path: Path, shards: str, mismatched: dict[str, str], frozen: Path) -> None:
         encoder = checkpoint.load(path, device="cpu")
@@ -60,7 +61,7 @@ class Pairs:
 
 
 def witness(pairs: Pairs, window: Tensor, asked: Tensor, sharpness: float) -> Tensor:
-    """Correlation of the rows of similarities to the window, `(asked,)`; the pair's own image is left out of them."""
+    """Correlation of the two rows of similarities to the window, `(asked,)`, without the pair's own image."""
     rows = []
     for part in asked.split(1024):
         by_image = (sharpness * pairs.image_towers[part] @ pairs.image_towers[window].T).exp()

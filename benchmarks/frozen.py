@@ -1,9 +1,9 @@
-"""What a run on frozen features takes beside what its heads, loss and optimizer alone take, on one core.
+"""How long a run on frozen features takes, compared with its heads, loss and optimizer alone, on one core.
 
-`python benchmarks/frozen.py OUT_DIR FILE.json`. It makes the shards of the study `flickr8k-frozen` in OUT_DIR, where
-the study's own may lie (the environment variable OPENCLIP_OTCO_FLICKR8K names the data), trains `clip` and `otco` of
-seed 0 by the study's commands, once to encode what is new and once to measure, and then steps the same model's heads
-on random features of the same shapes as often. Start-up, validation and checkpoints are part of the runs.
+`python benchmarks/frozen.py OUT_DIR FILE.json`. It makes the shards of the study `flickr8k-frozen` in OUT_DIR, or takes
+those that are there (the environment variable OPENCLIP_OTCO_FLICKR8K names the data). It trains `clip` and `otco` with
+seed 0 by the study's commands, after a first run that encodes what is new. Then it makes as many steps of the same
+model's heads on random features of the same shapes. Start-up, validation and checkpoints are part of the runs.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from torch import nn
 from openclip_otco.models.registry import prepare_model, register_models
 from openclip_otco.study import shards
 from openclip_otco.study.run import Run, runs
-from openclip_otco.study.study import load
+from openclip_otco.study.study_file import load
 
 STUDY = "flickr8k-frozen"
 
 
 def train(run: Run) -> dict[str, float]:
-    """Seconds of a run of the training script, and of its steps as its own log has them."""
+    """Seconds of a run of the training script, and of its steps according to its log."""
     started = time.monotonic()
     done = subprocess.run(
         [*run.command(), "--name", f"bench-{run.loss}-{time.time_ns()}"],

@@ -1,8 +1,9 @@
 """LEMoN, to compare with: label errors by multimodal neighbours (Zhang et al., *LEMoN*, ICML 2025).
 
-`score = d(v, t) + β s_n + γ s_m`, the higher the likelier wrong, with cosine distances `d` in a joint space:
+`score = d(v, t) + β s_n + γ s_m` is higher for pairs that are likelier wrong; `d` is the cosine distance:
 `s_n = 1/k Σ_j d(t, t_j) exp(-τ1 d(v, v_j)) exp(-τ2 d(v_j, t_j))` over the `k` nearest images `v_j` of `v`, and `s_m`
-the same with images and captions exchanged. In the paper's fixed setting: no list of wrong pairs is at hand to tune it.
+the same with images and captions exchanged. The constants are the paper's fixed setting, as tuning them would need a
+list of wrong pairs.
 """
 
 from __future__ import annotations

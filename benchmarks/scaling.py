@@ -78,7 +78,7 @@ def plan_rank(rank: int, world: int, port: int, sizes: list[int], repeats: int, 
 
 
 def _count(counted: dict[str, int]) -> None:
-    """Counts the floats that this rank hands to collectives from now on."""
+    """From now on, counts the floats that this rank hands to collectives."""
 
     def counting(collective: Callable[..., object], position: int) -> Callable[..., object]:
         def call(*args: Any, **kwargs: Any) -> object:
@@ -94,7 +94,7 @@ def _count(counted: dict[str, int]) -> None:
 
 
 def _step(world: int, rank: int, plan: TransportPlan, counted: dict[str, int]) -> dict[str, dict[str, float]]:
-    """Operations and floats of one call of CLIP's loss and OTCO's, without a backward pass."""
+    """Operations and floats of one call of CLIP's loss and of OTCO's, without a backward pass."""
     images, texts = (x.chunk(world)[rank] for x in features(EPOCHS[0], BATCH, FEATURES))
     settings: dict[str, Any] = {"local_loss": True, "rank": rank, "world_size": world}
     losses: dict[str, ClipLoss] = {"clip": ClipLoss(**settings)}
@@ -199,7 +199,7 @@ def steps_section(out: Path, blocks: int, found: dict[str, Any]) -> str:
         runs[str(world)] = run = json.loads(file.read_text())
         # The first block of each warms up.
         otco, clip = run["seconds"]["otco"][1:], run["seconds"]["clip"][1:]
-        # A block between two of the other kind is compared with their mean, which takes a drift of the machine out.
+        # A block is compared with the mean of the two blocks around it, which removes a drift of the machine's speed.
         shares = [2 * x / (before + after) - 1 for x, before, after in zip(otco[1:], clip, clip[1:], strict=False)]
         low, middle, high = statistics.quantiles(shares, n=4)
         rows.append([
@@ -215,7 +215,7 @@ def steps_section(out: Path, blocks: int, found: dict[str, Any]) -> str:
 
 
 def model_section(found: dict[str, Any]) -> str:
-    """The cost model read off at a large run."""
+    """The numbers of the cost model for a large run."""
     run = Run(batch=128, ranks=256, width=1024)
     iterations = 20
     step = {"wire": run.confidence_floats(), "operations": run.confidence_operations()}

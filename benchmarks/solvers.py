@@ -1,6 +1,6 @@
-"""Solvers against their peers: `python benchmarks/solvers.py --out runs/bench` (or `make bench`).
+"""Solvers compared with other packages: `python benchmarks/solvers.py --out runs/bench` (or `make bench`).
 
-Every ratio comes from one process, in which the contenders take turns; a figure is the median of its runs. Writes
+Every ratio comes from one process, in which the solvers take turns; each number is the median of its runs. Writes
 `solvers.json` (all runs), `solvers.md` (the tables) and `solvers.png` (time against N).
 """
 
@@ -41,25 +41,25 @@ Seconds = dict[str, list[float]]
 
 
 def features(epoch: str, n: int, folder: Path | None, offset: int = 0) -> tuple[Tensor, Tensor]:
-    """`(n, d)` image and text features: trained ones from the folder, clustered ones without it."""
+    """`(n, d)` image and text features: trained ones from the folder, or clustered random ones without it."""
     if folder is None:
         generator = torch.Generator().manual_seed(EPOCHS.index(epoch))
         centres = torch.randn(n // 5 + 1, 512, generator=generator)
-        of = torch.randint(len(centres), (n,), generator=generator)
-        return tuple(F.normalize(centres[of] + torch.randn(n, 512, generator=generator)) for _ in range(2))  # type: ignore[return-value]
+        cluster = torch.randint(len(centres), (n,), generator=generator)
+        return tuple(F.normalize(centres[cluster] + torch.randn(n, 512, generator=generator)) for _ in range(2))  # type: ignore[return-value]
     from safetensors.torch import load_file
 
     load = {e: load_file(folder / f"flickr8k-{e}.safetensors") for e in EPOCHS}
     first, second = load[epoch], load[EPOCHS[1 - EPOCHS.index(epoch)]]
-    # Beyond what one epoch holds: the other epoch's, then points half way between the two.
+    # If one epoch has too few: those of the other epoch, and then points half way between the two.
     pools = [[x[side].float() for x in (first, second)] for side in ("image", "text")]
     return tuple(torch.cat([pool[0], pool[1], F.normalize(pool[0] + pool[1])])[offset : offset + n] for pool in pools)  # type: ignore[return-value]
 
 
 def race(contenders: Mapping[str, Callable[[], object]], repeats: int, slow: float = math.inf) -> Seconds:
-    """Seconds of each contender over `repeats` rounds in which all take turns, after one run each to warm up.
+    """Seconds of each contender in `repeats` rounds, in which all take turns, after one run of each to warm up.
 
-    What takes more than `slow` seconds when it warms up, far from any bar, runs once more only.
+    A contender that needs more than `slow` seconds to warm up runs only once more.
     """
     seconds: Seconds = {name: [] for name in contenders}
     warm = {}
@@ -134,7 +134,7 @@ def l1_error(plan: np.ndarray) -> float:
 
 
 def fewest(run: Callable[[int], np.ndarray], limit: int = 4096) -> int:
-    """The fewest iterations, to within a tenth, after which the plan's marginals are right to `TOL`."""
+    """The least number of iterations, to within a tenth, after which the plan's marginals have an error of `TOL`."""
     high = 4
     while high < limit and l1_error(run(high)) > TOL:
         high *= 2
@@ -148,7 +148,7 @@ def fewest(run: Callable[[int], np.ndarray], limit: int = 4096) -> int:
 def sinkhorn_contenders(
     x: Tensor, y: Tensor, matrix: Tensor, epsilon: float, slow: bool
 ) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
-    """What takes part, and for each peer how it was set and what error it reaches."""
+    """The contenders, and notes on the settings and the error of each other package."""
     import ot as pot
 
     n = len(matrix)
@@ -189,7 +189,7 @@ def sinkhorn_contenders(
 
 
 def add_geomloss(contenders: dict, notes: dict, x: Tensor, y: Tensor, matrix: Tensor, epsilon: float) -> None:
-    """Its cost `|x - y|²/2` is ours for unit vectors, its blur is `√ε`; more steps come by a slower ε-scaling."""
+    """GeomLoss: its cost `|x - y|²/2` is ours for unit vectors, its blur is `√ε`. Slower ε-scaling takes more steps."""
     from geomloss import SamplesLoss
 
     def solver(scaling: float) -> Callable[[], object]:
@@ -283,25 +283,26 @@ def profile_section(n: int, repeats: int, folder: Path | None, out: dict) -> str
     from openclip_otco.ot.anderson import Anderson
     from openclip_otco.ot.cost import DenseCost
     from openclip_otco.ot.group import ALONE
-    from openclip_otco.ot.sinkhorn import _Kernel
+    from openclip_otco.ot.half_steps import KernelHalfSteps
     from openclip_otco.ot.sparse_plan import feasible_duals
 
     x, y = features(EPOCHS[1], n, folder)
     matrix = 1 - x @ y.T
     mass, g, epsilon = torch.full((n,), 1 / n), torch.zeros(n), 0.02
     cost = DenseCost(matrix)
-    kernel = _Kernel(cost, g, epsilon, mass, mass, ALONE)
-    f = kernel.rows(g)
+    half_steps = KernelHalfSteps(cost, g, epsilon, mass, mass, ALONE)
+    kernel = half_steps.kernel
+    f = half_steps.exact_rows(g)
     acceleration = Anderson(mass)
     points = [f + 1e-3 * torch.rand(n) for _ in range(8)]
     seconds = race(
         {
             "range of the cost, which finds NaN": lambda: DenseCost(matrix),
             "feasible duals": lambda: feasible_duals(cost, g),
-            "duals and kernel": lambda: _Kernel(cost, g, epsilon, mass, mass, ALONE),
-            "an iteration": lambda: kernel.step(f),
-            "its two products, `torch.mv`": lambda: (torch.mv(kernel.kernel, mass), torch.mv(kernel.kernel.T, mass)),
-            "the same two reads, `sum`": lambda: (kernel.kernel.sum(), kernel.kernel.sum()),
+            "duals and kernel": lambda: KernelHalfSteps(cost, g, epsilon, mass, mass, ALONE),
+            "an iteration": lambda: half_steps.step(f),
+            "its two products, `torch.mv`": lambda: (torch.mv(kernel, mass), torch.mv(kernel.T, mass)),
+            "the same two reads, `sum`": lambda: (kernel.sum(), kernel.sum()),
             "acceleration": lambda: [acceleration.next(p, 0.9 * p, 1.0) for p in points],
         },
         4 * repeats,
@@ -351,7 +352,7 @@ def iterations_section(n: int, folder: Path | None, out: dict) -> str:
 
 
 def update_section(n: int, repeats: int, folder: Path | None, out: dict) -> str:
-    """A whole plan update with everything that is logged, and a training step beside it."""
+    """A plan update with everything that is logged, and a training step to compare with."""
     import timm
     from transformers import BertConfig, BertModel
 
@@ -397,7 +398,7 @@ def update_section(n: int, repeats: int, folder: Path | None, out: dict) -> str:
 
 
 def memory_section(n: int, folder: Path | None, out: dict) -> str:
-    """In a process of its own, whose peak is this plan's."""
+    """The memory of a plan, measured as the peak of a process of its own."""
     command = [sys.executable, __file__, "--memory", str(n), *(["--features", str(folder)] if folder else [])]
     measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     out["memory"] = measured
@@ -416,7 +417,9 @@ def measure_memory(n: int, folder: Path | None) -> None:
         line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))
         return int(line.split()[1]) / 2**10
 
-    CosineCost(x[:256], y[:256]).rows(slice(0, 256))  # what the first product loads is not the solver's
+    CosineCost(x[:256], y[:256]).rows(
+        slice(0, 256)
+    )  # the first product loads libraries, which are not the solver's memory
     runs: dict[str, dict[str, float]] = {}
     for name in ("combinatorial plan", "whole update"):
         before, started = peak(reset=True), time.perf_counter()

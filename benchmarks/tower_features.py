@@ -1,6 +1,6 @@
-"""Features of locked towers, read from the tables of `--frozen-features`, and what a checkpoint makes of them.
+"""Features of locked towers, read from the tables of `--frozen-features`, and the checkpoint's features made of them.
 
-Nothing is decoded but one image and one caption, to see that a table is of the checkpoint's towers.
+Only one image and one caption are encoded, to check that a table belongs to the checkpoint's towers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Towers:
 
 
 def tower_features(encoder: Encoder, folder: Path, shards: str, pairs: int | None = None) -> Towers:
-    """The first `pairs` pairs of `shards`, or all, as the locked towers of `encoder` see them.
+    """The locked towers' features of the first `pairs` pairs of `shards`; of all pairs where it is `None`.
 
     Args:
         folder: of `--frozen-features`; a run on these shards has filled its tables.
@@ -70,7 +70,7 @@ def model_features(encoder: Encoder, kind: str, towers: Tensor) -> Tensor:
 
 
 def _rows(folder: Path, kind: str, keys: Tensor, first: Tensor) -> Tensor:
-    """The rows of `keys` in the table whose row of the first key is `first`, `(1, e)`."""
+    """The rows of `keys` in the table whose row for the first key equals `first`, `(1, e)`."""
     for path in sorted(folder.glob(f"{kind}-*/")):
         table = FeatureTable(path)
         rows = table.find(keys)

@@ -12,7 +12,7 @@ from openclip_otco.baselines.plugin import BaselinesPlugin
 from openclip_otco.cli import COMMANDS
 from openclip_otco.frozen.plugin import FrozenFeaturesPlugin
 from openclip_otco.models.folder import home
-from openclip_otco.study.study import shipped_studies
+from openclip_otco.study.study_file import shipped_studies
 from openclip_otco.train.plugin import OPTIONS
 
 HERE = Path(__file__).parent

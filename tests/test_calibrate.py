@@ -113,7 +113,7 @@ def test_tiles_change_nothing(n: int, m: int, gallery_tile: int, tile: int, way:
     assert_best(hits, dense_scores(retriever, queries, gallery, way), k)
 
 
-def test_no_tile_is_larger_than_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tile_is_larger_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     class Largest(TorchFunctionMode):
         elements = 0
 
@@ -259,7 +259,7 @@ def test_a_checkpoint_of_softmax_is_refused(tmp_path: Path, epsilon: float | Non
         ({"state_dict": {}, "plugins": {"otco": {"cache": {"plans": [{"f": 1}]}}}}, "cached plans cannot be used"),
     ],
 )
-def test_a_checkpoint_that_has_none(tmp_path: Path, content: Any, message: str) -> None:
+def test_a_checkpoint_without_plans_is_refused(tmp_path: Path, content: Any, message: str) -> None:
     path = tmp_path / "epoch_1.pt"
     if content is not None:
         torch.save(content, path)
@@ -267,7 +267,7 @@ def test_a_checkpoint_that_has_none(tmp_path: Path, content: Any, message: str) 
         CalibratedRetriever.from_checkpoint(path)
 
 
-def test_plans_that_do_not_calibrate() -> None:
+def test_plans_that_cannot_calibrate_are_refused() -> None:
     features = paired_features(32, D)
     with pytest.raises(ValueError, match="needs a plan"):
         CalibratedRetriever([])
@@ -297,7 +297,7 @@ X = np.eye(D, dtype=np.float32)
         ({"potentials": np.zeros(3)}, ValueError, r"potentials must be \(24,\)"),
     ],
 )
-def test_searches_that_cannot_be(change: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_impossible_searches_are_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         retriever_of().search(**{"queries": X, "gallery": X, "k": 3, **change})
 
@@ -312,7 +312,7 @@ def test_searches_that_cannot_be(change: dict[str, Any], error: type[Exception],
         ({"max_support": 0}, ValueError, "max_support must be at least 1"),
     ],
 )
-def test_features_that_cannot_be_coupled(change: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_features_that_do_not_couple_are_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         CalibratedRetriever.from_features(**{"image_features": X, "text_features": X, **change})
 

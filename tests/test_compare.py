@@ -28,7 +28,7 @@ from study_fixtures import (
 from openclip_otco.errors import UserError
 from openclip_otco.study import compare, results
 from openclip_otco.study.run import RunFailed, runs
-from openclip_otco.study.study import load
+from openclip_otco.study.study_file import load
 
 
 def test_whole_study(home, drawn, capsys):
@@ -223,7 +223,7 @@ def test_damaged_results_name_the_line(tmp_path):
         results.read(tmp_path / "results.jsonl")
 
 
-def test_results_of_before_are_readable(home):
+def test_results_of_older_versions_are_readable(home):
     """Those of the first studies have no retrieval with all captions."""
     assert run(ONE_SEED) == 0
     path = Path("runs/small/results.jsonl")
@@ -233,7 +233,7 @@ def test_results_of_before_are_readable(home):
     path.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "retrieval"}) + "\n" for line in lines))
     assert results.read(path) == now
     assert [result.run for result in now] == ["clean--clip--s0", "clean--otco--s0"]
-    assert not results.standard(now)
+    assert not results.have_standard_retrieval(now)
 
 
 def test_report_names_no_folders(home):

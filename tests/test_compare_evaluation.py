@@ -73,7 +73,7 @@ def test_evaluate_command(home):
 
 
 @pytest.mark.parametrize("folder", [True, "features"])
-def test_the_evaluation_remembers_where_the_training_did(captioned, folder):
+def test_the_evaluation_reads_the_features_that_the_training_kept(captioned, folder):
     flag = f"frozen-features = {json.dumps(folder)}\n"
     assert run(CAPTIONED.replace("[flags]\n", f"[flags]\n{flag}", 1)) == 0
     words = "--frozen-features" if folder is True else f"--frozen-features {folder}"

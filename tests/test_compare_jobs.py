@@ -55,7 +55,7 @@ def test_a_kill_stops_all_jobs(home, number):
     assert sorted(calls()) == names
 
 
-def test_no_jobs(home, capsys):
+def test_zero_jobs_are_refused(home, capsys):
     with pytest.raises(SystemExit):
         run(STUDY, "--jobs", "0")
     assert "--jobs: must be 1 or more" in capsys.readouterr().err

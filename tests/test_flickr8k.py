@@ -13,7 +13,8 @@ from openclip_otco.data import flickr8k
 from openclip_otco.errors import UserError
 from openclip_otco.study import shards
 from openclip_otco.study.mismatch import mismatch
-from openclip_otco.study.study import DataSetting, Flickr8k, load
+from openclip_otco.study.study import DataSetting, Flickr8k
+from openclip_otco.study.study_file import load
 
 KEYS = [f"image{number}" for number in range(7)]
 DONORS = {"image1": "image4", "image4": "image2"}

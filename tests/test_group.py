@@ -1,6 +1,5 @@
 """Plans that ranks make together: the same on all of them, the same as one makes alone, and nobody left waiting."""
 
-import importlib
 import logging
 import sys
 import threading
@@ -21,7 +20,7 @@ from openclip_otco.method.cache import PlanCache
 from openclip_otco.method.loss import Features, OTCOLoss
 from openclip_otco.method.solver import PlanSolver
 from openclip_otco.method.window import FeatureWindow
-from openclip_otco.ot import CosineCost, nearest_potentials, sinkhorn
+from openclip_otco.ot import CosineCost, half_steps, nearest_potentials, sinkhorn
 from openclip_otco.ot import cost as cost_module
 from openclip_otco.ot.group import ALONE, DistributedGroup, Group
 from openclip_otco.train.callback import PlanCacheCallback
@@ -82,9 +81,6 @@ def train(hook, failing=None, rank=0):
 
 
 def _break(patch, failing, step, hook):
-    # The package's attribute of this name is the function.
-    module = importlib.import_module("openclip_otco.ot.sinkhorn")
-
     def fail(*args, **kwargs):
         raise MemoryError(failing)
 
@@ -94,8 +90,8 @@ def _break(patch, failing, step, hook):
     elif step == 3:
         owner, name = {
             "the initial plan": (PlanSolver, "_initial"),
-            "the kernel": (module._Kernel, "_filled"),
-            "a half-step": (module.torch, "mv"),
+            "the kernel": (half_steps.KernelHalfSteps, "_make_kernel"),
+            "a half-step": (torch, "mv"),
             "the drift": (solver, "_drift"),
             "the window": (hook.window, "features"),
         }[failing]
@@ -133,7 +129,9 @@ def _rank(rank, world, folder):
         # Without an initial plan no rank has use for the whole cost.
         sizes = []
         patch.setattr(solver, "_DRIFT_SUPPORT", 64)  # the drift has costs of its own
-        patch.setattr(cost_module, "whole", lambda cost: sizes.append(cost.shape) or cost.rows(slice(0, cost.shape[0])))
+        patch.setattr(
+            cost_module, "all_rows", lambda cost: sizes.append(cost.shape) or cost.rows(slice(0, cost.shape[0]))
+        )
         out["previous"] = [plan.state_dict() for plan in plans(group, "previous")]
     out["largest part"] = max(n * m for n, m in sizes)
     for failing in FAILURES:
@@ -382,19 +380,19 @@ def test_256_ranks_share_a_plan(monkeypatch):
     meeting = Meeting(count)
     members = [ThreadGroup(rank, count, meeting) for rank in range(count)]
     sizes = {}  # of the largest matrix that a rank lays out
-    whole, local = cost_module.whole, threading.local()
+    all_rows, local = cost_module.all_rows, threading.local()
 
     def watched(cost):
         rank = getattr(local, "rank", None)
         sizes[rank] = max(sizes.get(rank, 0), cost.shape[0] * cost.shape[1])
-        return whole(cost)
+        return all_rows(cost)
 
     def solve(group):
         local.rank = group.rank
         torch.set_num_threads(1)
         return PlanSolver(0.05, group=group).solve(*pair, step=1, previous=previous)
 
-    monkeypatch.setattr(cost_module, "whole", watched)
+    monkeypatch.setattr(cost_module, "all_rows", watched)
     with ThreadPoolExecutor(count) as pool:
         plans = list(pool.map(solve, members))
     assert len({plan.digest() for plan in plans}) == 1

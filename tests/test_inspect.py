@@ -26,8 +26,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from openclip_otco import FeatureWindow, OTCOLoss, PlanCache, PlanCacheCallback, PlanSolver
 from openclip_otco.inspect.history import read_history
-from openclip_otco.inspect.negatives import block_of, hardest_negatives, spread
-from openclip_otco.inspect.saved import newest
+from openclip_otco.inspect.negatives import evenly_by_confidence, hardest_negatives, heat_map_pairs
+from openclip_otco.inspect.saved import newest_checkpoint
 from openclip_otco.inspect.views import compare_views
 from openclip_otco.method.support import own_shares, row_shares, support_confidence
 from openclip_otco.models.registry import prepare_model, register_models
@@ -77,15 +77,15 @@ def test_hardest_negatives_are_those_of_the_dense_plan(plan, dense):
         assert sample.share == pytest.approx(60 * dense[i, i], rel=1e-3)
 
 
-def test_a_small_plan_has_as_many_negatives_as_there_are(plan):
+def test_all_other_pairs_of_a_small_plan_are_negatives(plan):
     small = PlanSolver().solve(*paired_features(3))
-    found = hardest_negatives(small, spread(small, 6), 4)
+    found = hardest_negatives(small, evenly_by_confidence(small, 6), 4)
     assert len(found) == 3
     assert all(len(sample.texts) == len(sample.images) == 2 for sample in found)
 
 
 def test_samples_run_from_the_least_to_the_most_confident(plan):
-    chosen = spread(plan, 6)
+    chosen = evenly_by_confidence(plan, 6)
     trust = support_confidence(plan)
     assert trust[chosen].tolist() == sorted(trust[chosen].tolist())
     assert trust[chosen[0]] == trust.min()
@@ -93,9 +93,9 @@ def test_samples_run_from_the_least_to_the_most_confident(plan):
     assert len(set(chosen)) == 6
 
 
-def test_the_block_has_every_sample_and_no_pair_twice(plan):
-    found = hardest_negatives(plan, spread(plan, 6), 4)
-    block = block_of(found, 24)
+def test_the_heat_map_has_every_sample_and_no_pair_twice(plan):
+    found = hardest_negatives(plan, evenly_by_confidence(plan, 6), 4)
+    block = heat_map_pairs(found, 24)
     assert len(block) == len(set(block)) <= 24
     near = {negative.index for sample in found for negative in (*sample.texts, *sample.images)}
     assert set(block) <= near | {sample.index for sample in found}
@@ -290,31 +290,31 @@ def state(plans: int, width: int = WIDTH) -> dict:
 def test_the_newest_readable_checkpoint_counts(tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    assert newest(tmp_path) is None
+    assert newest_checkpoint(tmp_path) is None
     weights = {"state_dict": {"w": torch.zeros(2)}}
     torch.save({"epoch": 1, **weights, "plugins": state(2)}, folder / "epoch_1.pt")
     torch.save({"epoch": 2, **weights}, folder / "epoch_2.pt")
     for age, name in enumerate(("epoch_2.pt", "epoch_1.pt")):
         os.utime(folder / name, (1000 - age, 1000 - age))
-    saved = newest(tmp_path)
+    saved = newest_checkpoint(tmp_path)
     assert saved is not None
     assert (saved.checkpoint.name, saved.epoch, saved.plans) == ("epoch_2.pt", 2, ())
     whole = (folder / "epoch_1.pt").read_bytes()
     for cut in (0, 100, len(whole) // 2, len(whole) - 20):
         (folder / "epoch_3.pt").write_bytes(whole[:cut])
         (folder / "epoch_2.pt").unlink(missing_ok=True)
-        saved = newest(tmp_path)
+        saved = newest_checkpoint(tmp_path)
         assert saved is not None
         assert (saved.checkpoint.name, saved.made, saved.skipped) == ("epoch_1.pt", 2, 1)
         assert [plan.step for plan in saved.plans] == [7, 15]
 
 
-def test_a_broken_plan_costs_the_plans_only(tmp_path):
+def test_a_broken_plan_leaves_out_only_the_plans(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     broken = state(2)
     broken["otco"]["cache"]["plans"][0]["f"][0] = torch.nan
     torch.save({"epoch": 4, "plugins": broken}, tmp_path / "checkpoints" / "epoch_4.pt")
-    saved = newest(tmp_path)
+    saved = newest_checkpoint(tmp_path)
     assert saved is not None
     assert (saved.epoch, saved.plans) == (4, ())
 
@@ -429,7 +429,7 @@ def run_without(finished: Path, folder: Path, *names: str) -> Path:
     return folder
 
 
-def test_without_shards_the_cached_plan_is_shown_and_the_page_tells_how_to_get_pictures(finished, tmp_path, capsys):
+def test_without_shards_the_page_shows_the_cached_plan_and_how_to_get_pictures(finished, tmp_path, capsys):
     run = run_without(finished, tmp_path / "run")
     params = (run / "params.txt").read_text().replace("/data/train/", "/gone/")
     (run / "params.txt").write_text(params)
@@ -453,7 +453,7 @@ def test_without_shards_the_cached_plan_is_shown_and_the_page_tells_how_to_get_p
         (("params.txt",), "No pictures: The run was not trained on webdataset shards"),
     ],
 )
-def test_what_is_missing_is_told_and_the_rest_is_there(finished, tmp_path, absent, there):
+def test_the_page_names_what_is_missing_and_shows_the_rest(finished, tmp_path, absent, there):
     run = run_without(finished, tmp_path / "run", *absent)
     assert inspect(run, "--pairs", "8") == 0
     assert there in (run / "inspect.html").read_text()
@@ -475,7 +475,7 @@ def test_a_run_that_is_being_written(finished, tmp_path):
         (("--out", "/proc/inspect.html"), "--out /proc/inspect.html: cannot be written"),
     ],
 )
-def test_what_was_asked_for_and_is_not_there_is_one_line(finished, capsys, words, message):
+def test_flags_that_name_what_is_not_there_are_one_line(finished, capsys, words, message):
     assert inspect(finished, "--pairs", "4", *words) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("openclip-otco inspect: ")]
     assert message in line
@@ -530,7 +530,7 @@ def test_a_link_in_a_run_s_folder_leads_nowhere(finished, tmp_path):
         "epochs: []",
     ],
 )
-def test_params_that_make_no_sense_cost_what_needs_them_alone(finished, tmp_path, line):
+def test_senseless_params_leave_out_only_what_needs_them(finished, tmp_path, line):
     run = run_without(finished, tmp_path / "run")
     name = line.partition(":")[0]
     params = [old for old in (run / "params.txt").read_text().splitlines() if not old.startswith(f"{name}:")]

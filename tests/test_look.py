@@ -11,7 +11,7 @@ import pytest
 
 from openclip_otco.study import look
 from openclip_otco.study.run import runs
-from openclip_otco.study.study import load
+from openclip_otco.study.study_file import load
 
 STUDY = """
 [study]
@@ -65,7 +65,7 @@ def test_the_noisiest_run_with_plans_is_shown(tmp_path):
     assert inspect[1:] == ["inspect", str(run)]
 
 
-def test_inspect_takes_what_is_printed(tmp_path):
+def test_inspect_accepts_the_printed_command(tmp_path):
     from openclip_otco.inspect import command
 
     study, cross, _ = studied(tmp_path)
@@ -86,7 +86,7 @@ def test_only_finished_runs_with_plans_checkpoint_and_shards_count(tmp_path):
 
 
 @pytest.mark.parametrize("on_path", [True, False])
-def test_the_program_is_called_by_what_finds_it(tmp_path, monkeypatch, on_path):
+def test_the_program_is_called_by_its_name_or_by_its_path(tmp_path, monkeypatch, on_path):
     folder = tmp_path / ".venv" / "bin"
     folder.mkdir(parents=True)
     program = folder / "openclip-otco"

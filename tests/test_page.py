@@ -12,12 +12,14 @@ import scipy.stats
 
 from openclip_otco import cli
 from openclip_otco.runs.train_log import RECALLS
-from openclip_otco.study import page_figures, results
-from openclip_otco.study.page import TEMPLATE, StudyResults, page
+from openclip_otco.study import page_figures, results, table
+from openclip_otco.study.page import TEMPLATE, page
 from openclip_otco.study.reliability import reliability_figure
 from openclip_otco.study.results import Result
 from openclip_otco.study.spread import Spread
-from openclip_otco.study.study import arguments, load, shipped_studies
+from openclip_otco.study.study import arguments
+from openclip_otco.study.study_file import load, shipped_studies
+from openclip_otco.study.study_results import StudyResults
 
 STUDY = "flickr8k-frozen"
 ROOT = Path(__file__).parents[1]
@@ -132,6 +134,15 @@ def test_a_page(folder: Path) -> None:
     assert made(folder, (folder / TEMPLATE).read_text()) == (0, text)
 
 
+def test_recalls_of_all_captions_count_where_all_runs_have_them() -> None:
+    evaluated, trained = result("clean", "clip", 0, 0.4), result("clean", "otco", 0, 0.5, all_captions=False)
+    on_all_captions = [40 + step for step in range(6)]
+    assert table.final_recalls([evaluated])(evaluated) == pytest.approx(on_all_captions)
+    assert table.final_recalls([evaluated, trained])(evaluated) == pytest.approx([each - 5 for each in on_all_captions])
+    with pytest.raises(ValueError, match="clean--otco--s0: was not evaluated"):
+        table.evaluated_recalls(trained)
+
+
 def test_without_all_captions_the_last_epoch_counts(folder: Path) -> None:
     kept = [result("clean", "clip", seed, 0.4, all_captions=False) for seed in range(2)]
     results.write(folder / f"{STUDY}.jsonl", kept)
@@ -210,16 +221,17 @@ def test_the_oracle_begins_where_the_baseline_is_without_noise(folder: Path) -> 
     assert middles == pytest.approx(np.array(expected))
 
 
-def test_the_waterfall_adds_up(folder: Path) -> None:
-    # A fourth seed of the baseline has no partner.
-    base = [*RECALL["clean", "clip"], 0.9]
+@pytest.mark.parametrize("seeds", [2, 4], ids=["a seed without a baseline", "a seed with a baseline alone"])
+def test_the_waterfall_adds_up_over_shared_seeds(folder: Path, seeds: int) -> None:
+    base = [*RECALL["clean", "clip"], 0.9][:seeds]
+    shared = min(seeds, 3)
     losses = studied(folder, "flickr8k-baselines", {("clean", "clip"): base})
     (axis,) = page_figures.waterfall_figure(losses, studied(folder, "flickr8k-ablations", PARTS), ("clean",)).axes
     bars = [(bar.get_y(), bar.get_y() + bar.get_height()) for bar in axis.patches]
-    clip, both, negatives, trust = (np.mean([rsum(r) for r in each[:3]]) for each in (base, *PARTS.values()))
+    clip, both, negatives, trust = (np.mean([rsum(r) for r in each[:shared]]) for each in (base, *PARTS.values()))
     expected = [(0, negatives - clip), (negatives - clip, both - clip), (0, both - clip), (0, trust - clip)]
     assert np.array(bars) == pytest.approx(np.array(expected), abs=1e-6)
-    paired = scipy.stats.ttest_rel([rsum(r) for r in PARTS["clean", "otco"]], [rsum(r) for r in base[:3]])
+    paired = scipy.stats.ttest_rel(*([rsum(r) for r in each[:shared]] for each in (PARTS["clean", "otco"], base)))
     (whiskers,) = (np.array(each.get_segments()) for each in axis.collections)
     assert whiskers[2][:, 1] == pytest.approx(tuple(paired.confidence_interval(0.95)))
 

@@ -10,7 +10,7 @@ from study_fixtures import HEAD, ONE_SEED, STUDY, TAIL
 from openclip_otco.runs import train_log
 from openclip_otco.study import progress
 from openclip_otco.study.run import runs
-from openclip_otco.study.study import load
+from openclip_otco.study.study_file import load
 
 
 class Terminal(io.StringIO):

@@ -7,7 +7,7 @@ import pytest
 from commands import command
 from study_fixtures import ONE_SEED, run
 
-from openclip_otco.study.study import load
+from openclip_otco.study.study_file import load
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from webdataset.shardlists import expand_urls
 
 from openclip_otco.study import shards
 from openclip_otco.study.run import runs
-from openclip_otco.study.study import load
+from openclip_otco.study.study_file import load
 
 
 @pytest.mark.parametrize(

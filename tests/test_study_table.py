@@ -80,7 +80,7 @@ def test_share_of_the_baseline_on_clean_data(home, monkeypatch):
         assert cells(page, data, "otco")[0][8] == f"{100 * otco / clip:.1f}"
 
 
-def test_pictures_are_drawn_where_there_is_what_they_show(home, drawn):
+def test_pictures_are_drawn_where_results_have_their_numbers(home, drawn):
     def pictures():
         return {path.stem for path in Path("runs/small").glob("*.svg")}
 

@@ -1,1 +1,1 @@
-"""`evaluate`: retrieval with several captions an image, and zero-shot classification, of a checkpoint."""
+"""`evaluate`: what a checkpoint does in retrieval with several captions an image, and in zero-shot classification."""

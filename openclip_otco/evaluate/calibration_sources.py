@@ -1,4 +1,4 @@
-"""Calibration of an evaluation: the plans of training features that a checkpoint holds, or that shards give."""
+"""Where the plans that calibrate an evaluation come from: a checkpoint, or the pairs of training shards."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from openclip_otco.runs.encoder import Encoder
 
 
-def of_checkpoint(checkpoint: Path, epsilon: float | None, device: torch.device | str) -> CalibratedRetriever:
-    """By the plans that `--loss otco` cached.
+def retriever_of_checkpoint(checkpoint: Path, epsilon: float | None, device: torch.device | str) -> CalibratedRetriever:
+    """A retriever with the plans that `--loss otco` cached.
 
     Raises:
-        UserError: the checkpoint holds none that calibrate, or `epsilon` (`--calibrate-epsilon`) is too small.
+        UserError: the checkpoint holds no plans that can calibrate, or `epsilon` (`--calibrate-epsilon`) is too small.
     """
     try:
         return CalibratedRetriever.from_checkpoint(checkpoint, epsilon, device)
@@ -33,7 +33,7 @@ def of_checkpoint(checkpoint: Path, epsilon: float | None, device: torch.device 
         raise UserError(f"--calibrate-epsilon {epsilon}: {error}") from error
 
 
-def of_shards(
+def retriever_of_shards(
     encoder: Encoder,
     data: str,
     pairs: int,
@@ -42,7 +42,7 @@ def of_shards(
     workers: int = 1,
     by_line: bool = False,
 ) -> CalibratedRetriever:
-    """By a plan over the first pairs of training shards.
+    """A retriever with a plan of the first `pairs` pairs of the training shards `data`.
 
     Raises:
         UserError: shards or `epsilon` (`--calibrate-epsilon`) that cannot be used.
@@ -80,15 +80,15 @@ def training_features(
                 if not missing:
                     break
     except UserError as error:
-        # What reads shards takes them for those of `--data`.
+        # The reader of shards names them `--data`.
         raise UserError(f"--calibrate-data {data}: {str(error).removeprefix(f'--data {data}: ')}") from error
     if not images:
         raise UserError(f"--calibrate-data {data}: no captions (.txt, .json) beside the images")
     return torch.cat(images), torch.cat(texts)
 
 
-def check_apart(data: str, training: str) -> None:
-    """Sees to it that nothing is calibrated on what it is measured on.
+def check_disjoint(data: str, training: str) -> None:
+    """Makes sure that no shard is used both to calibrate and to measure.
 
     Raises:
         UserError: a shard of `training` is one of `data` as well.
@@ -107,7 +107,7 @@ def check_apart(data: str, training: str) -> None:
 
 
 def _identity(shard: str) -> Any:
-    """What two names of one file have in common; the name where the shard is no local file."""
+    """Equal for two names of one file; the name itself where the shard is no local file."""
     try:
         found = Path(shard).stat()
     except OSError:

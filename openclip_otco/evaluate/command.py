@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -96,66 +96,32 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: something that was given cannot be used.
     """
-    # Not at the top: they load torch, which `--help` does without.
-    import torch
-
-    from openclip_otco.evaluate import calibration_sources as calibration
-    from openclip_otco.evaluate import zero_shot
-    from openclip_otco.evaluate.metrics import retrieval
+    # Not at the top: it loads torch, which `--help` does without.
     from openclip_otco.runs import checkpoint
 
     total = samples.images(args.data)
     if total == 0:
         raise UserError(f"--data {args.data}: no images ({', '.join(samples.IMAGE_TYPES)})")
-    if args.templates and not args.classes:
-        raise UserError("--templates: needs --classes")
-    names = zero_shot.read_lines("--classes", args.classes) if args.classes else []
-    templates = zero_shot.read_templates(args.templates) if args.templates else _default_templates()
-    for flag, value in (("data", args.calibrate_data), ("epsilon", args.calibrate_epsilon)):
-        if value and not args.calibrate:
-            raise UserError(f"--calibrate-{flag}: needs --calibrate")
-    if args.calibrate_data:
-        calibration.check_apart(args.data, args.calibrate_data)
+    names, templates = _prompts(args)
+    _check_calibration(args)
     encoder = checkpoint.load(args.checkpoint, args.model, args.precision, args.device, args.frozen_features)
     retriever = _retriever(encoder, args) if args.calibrate else None
-    image_features, captions, labels = _images(encoder, args, total)
-
+    images = _encode_images(encoder, args, total)
+    if args.calibrate and not images.have_captions:
+        raise UserError(f"--calibrate: --data {args.data} holds no captions (.txt, .json) to retrieve")
     found: dict[str, Any] = {
         "checkpoint": args.checkpoint.name,
         "data": args.data,
         "model": encoder.name,
         "precision": encoder.precision,
     }
-    if captions[0]:
-        text_image = torch.tensor([image for image, texts in enumerate(captions) for _ in texts])
-        text_features = _texts(encoder, captions, args.batch_size)
-        found["retrieval"] = retrieval(image_features, text_features, text_image)
-        if retriever is not None:
-            found["calibrated_retrieval"] = retrieval(
-                image_features,
-                text_features,
-                text_image,
-                retriever.potentials(image_features, "text_to_image"),
-                retriever.potentials(text_features, "image_to_text"),
-            )
-            found["calibration"] = {
-                "data": args.calibrate_data,
-                "plans": [{"step": plan.step, "pairs": len(plan), "epsilon": plan.epsilon} for plan in retriever.plans],
-            }
-    elif args.calibrate:
-        raise UserError(f"--calibrate: --data {args.data} holds no captions (.txt, .json) to retrieve")
+    if images.have_captions:
+        found |= _retrieval(encoder, images, args, retriever)
     encoder.save_frozen()
-    if labels and names:
-        if not 0 <= min(labels) <= max(labels) < len(names):
-            raise UserError(
-                f"--classes {args.classes}: has {len(names)} names, for labels of {min(labels)} to {max(labels)}"
-            )
-        classes = zero_shot.class_features(encoder, names, templates)
-        found["classification"] = zero_shot.classification(image_features, torch.tensor(labels), classes)
-    elif labels:
+    if names:
+        found["classification"] = _classification(encoder, images, args, names, templates)
+    elif images.labels:
         print("the shards hold classes (.cls): name them by --classes for zero-shot classification", file=sys.stderr)
-    elif names:
-        raise UserError(f"--classes {args.classes}: the shards hold no classes (.cls) to compare with")
     return found
 
 
@@ -169,7 +135,7 @@ def page(found: dict[str, Any]) -> str:
             gain = calibrated["rsum"] - metrics["rsum"]
             lines += [f"Calibrated by {_plans(found['calibration'])}: rsum {calibrated['rsum']:.1f} ({gain:+.1f})"]
             rows += _retrieval_rows(calibrated, ", calibrated")
-            rows = rows[::2] + rows[1::2]
+            rows = rows[::2] + rows[1::2]  # each way next to its calibrated one
         lines += ["", markdown_table(["", "R@1", "R@5", "R@10", "mean rank", "median rank"], rows, words=[""])]
     if metrics := found.get("classification"):
         lines += ["", f"Zero-shot classification: {metrics['images']} images, {metrics['classes']} classes", ""]
@@ -178,14 +144,92 @@ def page(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+class _Images(NamedTuple):
+    """The images of the shards, all of them with captions or none, and all of them with a label or none."""
+
+    features: Tensor
+    """`(n, d)`, unit norm."""
+    captions: list[list[str]]
+    """Of each image."""
+    labels: list[int]
+    """Of each image; empty without labels."""
+
+    @property
+    def have_captions(self) -> bool:
+        return bool(self.captions[0])
+
+
+def _prompts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The names of the classes, none without `--classes`, and the templates of their prompts."""
+    from openclip_otco.evaluate import zero_shot
+
+    if args.templates and not args.classes:
+        raise UserError("--templates: needs --classes")
+    names = zero_shot.read_lines("--classes", args.classes) if args.classes else []
+    return names, zero_shot.read_templates(args.templates) if args.templates else _default_templates()
+
+
+def _check_calibration(args: argparse.Namespace) -> None:
+    """Looks at the flags of calibration before anything is encoded."""
+    from openclip_otco.evaluate import calibration_sources
+
+    for flag, value in (("data", args.calibrate_data), ("epsilon", args.calibrate_epsilon)):
+        if value and not args.calibrate:
+            raise UserError(f"--calibrate-{flag}: needs --calibrate")
+    if args.calibrate_data:
+        calibration_sources.check_disjoint(args.data, args.calibrate_data)
+
+
+def _retrieval(
+    encoder: Encoder, images: _Images, args: argparse.Namespace, retriever: CalibratedRetriever | None
+) -> dict[str, Any]:
+    """The metrics of retrieval; with a `retriever` also those that it calibrates, and its plans."""
+    import torch
+
+    from openclip_otco.evaluate.metrics import retrieval
+
+    text_image = torch.tensor([image for image, texts in enumerate(images.captions) for _ in texts])
+    text_features = _encode_texts(encoder, images.captions, args.batch_size)
+    found: dict[str, Any] = {"retrieval": retrieval(images.features, text_features, text_image)}
+    if retriever is not None:
+        found["calibrated_retrieval"] = retrieval(
+            images.features,
+            text_features,
+            text_image,
+            retriever.potentials(images.features, "text_to_image"),
+            retriever.potentials(text_features, "image_to_text"),
+        )
+        found["calibration"] = {
+            "data": args.calibrate_data,
+            "plans": [{"step": plan.step, "pairs": len(plan), "epsilon": plan.epsilon} for plan in retriever.plans],
+        }
+    return found
+
+
+def _classification(
+    encoder: Encoder, images: _Images, args: argparse.Namespace, names: list[str], templates: list[str]
+) -> dict[str, float]:
+    import torch
+
+    from openclip_otco.evaluate import zero_shot
+
+    if not images.labels:
+        raise UserError(f"--classes {args.classes}: the shards hold no classes (.cls) to compare with")
+    lowest, highest = min(images.labels), max(images.labels)
+    if lowest < 0 or highest >= len(names):
+        raise UserError(f"--classes {args.classes}: has {len(names)} names, for labels of {lowest} to {highest}")
+    classes = zero_shot.class_features(encoder, names, templates)
+    return zero_shot.classification(images.features, torch.tensor(images.labels), classes)
+
+
 def _retriever(encoder: Encoder, args: argparse.Namespace) -> CalibratedRetriever:
-    from openclip_otco.evaluate import calibration_sources as calibration
+    from openclip_otco.evaluate import calibration_sources
     from openclip_otco.evaluate.retriever import EPSILON
 
     epsilon = args.calibrate_epsilon or EPSILON
     if not args.calibrate_data:
-        return calibration.of_checkpoint(args.checkpoint, epsilon, encoder.device)
-    return calibration.of_shards(
+        return calibration_sources.retriever_of_checkpoint(args.checkpoint, epsilon, encoder.device)
+    return calibration_sources.retriever_of_shards(
         encoder,
         args.calibrate_data,
         args.calibrate_pairs,
@@ -209,6 +253,7 @@ def _retrieval_rows(metrics: dict[str, float], suffix: str = "") -> list[list[st
 
 
 def _plans(calibration: dict[str, Any]) -> str:
+    """The plans of a calibration, in words."""
     first, *others = calibration["plans"]
     if calibration["data"]:
         what = f"{first['pairs']} training pairs"
@@ -217,8 +262,12 @@ def _plans(calibration: dict[str, Any]) -> str:
     return f"{what}, epsilon {first['epsilon']:g}"
 
 
-def _images(encoder: Encoder, args: argparse.Namespace, total: int | None) -> tuple[Tensor, list[list[str]], list[int]]:
-    """Features of all images, and the captions of each (all or none have some); labels, where all have one."""
+def _encode_images(encoder: Encoder, args: argparse.Namespace, total: int | None) -> _Images:
+    """All images of `--data`.
+
+    Raises:
+        UserError: they have neither captions nor labels, or only some of them have.
+    """
     import torch
 
     features: list[Tensor] = []
@@ -229,28 +278,34 @@ def _images(encoder: Encoder, args: argparse.Namespace, total: int | None) -> tu
             # Without the pixels: memory must not grow with them.
             kept += [samples.Sample(sample.key, None, sample.captions, sample.label) for sample in batch]
             bar.update(len(batch))
-    captioned = [sample for sample in kept if sample.captions]
-    if (several := sum("\n" in caption for sample in kept for caption in sample.captions)) and not args.caption_lines:
+    if not args.caption_lines:
+        _warn_of_caption_lines(kept)
+    labels = [sample.label for sample in kept if sample.label is not None]
+    captioned = sum(bool(sample.captions) for sample in kept)
+    if not captioned and not labels:
+        raise UserError(f"--data {args.data}: neither captions (.txt, .json) nor classes (.cls) beside the images")
+    for what, found in (("caption", captioned), ("class", len(labels))):
+        if found not in (0, len(kept)):
+            raise UserError(f"--data {args.data}: {len(kept) - found} of {len(kept)} images have no {what}")
+    return _Images(torch.cat(features), [sample.captions for sample in kept], labels)
+
+
+def _warn_of_caption_lines(kept: Sequence[Sample]) -> None:
+    if several := sum("\n" in caption for sample in kept for caption in sample.captions):
         print(
             f"{several} captions have several lines; if each line is a caption, give --caption-lines", file=sys.stderr
         )
-    labelled = [sample.label for sample in kept if sample.label is not None]
-    if not captioned and not labelled:
-        raise UserError(f"--data {args.data}: neither captions (.txt, .json) nor classes (.cls) beside the images")
-    for what, part in (("caption", len(captioned)), ("class", len(labelled))):
-        if part not in (0, len(kept)):
-            raise UserError(f"--data {args.data}: {len(kept) - part} of {len(kept)} images have no {what}")
-    return torch.cat(features), [sample.captions for sample in kept], labelled
 
 
-def _texts(encoder: Encoder, captions: Sequence[Sequence[str]], size: int) -> Tensor:
+def _encode_texts(encoder: Encoder, captions: Sequence[Sequence[str]], batch_size: int) -> Tensor:
+    """Features of all captions, `(m, d)`, image after image."""
     import torch
 
-    texts = [text for each in captions for text in each]
+    texts = [text for of_image in captions for text in of_image]
     features = []
     with tqdm(total=len(texts), desc="texts", unit="text", disable=None) as bar:
-        for start in range(0, len(texts), size):
-            features.append(encoder.texts(texts[start : start + size]))
+        for start in range(0, len(texts), batch_size):
+            features.append(encoder.texts(texts[start : start + batch_size]))
             bar.update(len(features[-1]))
     return torch.cat(features)
 

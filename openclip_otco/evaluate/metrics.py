@@ -17,14 +17,15 @@ def retrieval(
 ) -> dict[str, float]:
     """Recall at 1, 5 and 10 both ways, and mean and median rank, under OpenCLIP's names.
 
-    Image to text, a hit is any of the image's captions among the first K; text to image, every caption is a query.
+    From image to text, it is a hit if any of the image's captions is among the first K. From text to image, every
+    caption is a query.
 
     Args:
         image_features: `(n, d)`, unit norm.
         text_features: `(m, d)`, unit norm.
         text_image: `(m,)`, the image of each text, 0 to n - 1; every image has a text.
-        image_potentials: `(n,)`, added to the similarities of each image when it is a candidate (`retriever.py`).
-        text_potentials: `(m,)`, the same of each text.
+        image_potentials: `(n,)`, added to each image's similarities where images are the candidates (`retriever.py`).
+        text_potentials: `(m,)`, the same for texts.
 
     Returns:
         Recalls in 0 to 1, ranks counted from 1; `rsum`, the sum of the six recalls in percent, 0 to 600; `images` n and

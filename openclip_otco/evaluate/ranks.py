@@ -1,11 +1,11 @@
-"""Ranks: how many candidates come before a query's own, tile by tile."""
+"""Ranks: how many candidates come before a query's own. Similarities are computed tile by tile."""
 
 import torch
 from torch import Tensor
 
-# Entries of a tile of similarities: 64 MiB in float32, whatever the number of candidates.
+# Entries of a tile of similarities, 64 MiB in float32.
 _TILE = 2**24
-# Unit vectors in float32 do not tell smaller differences of their cosines apart: such candidates are a tie.
+# Cosines of float32 vectors are no more exact than this. Two candidates whose cosines differ by less are a tie.
 TIE = 1e-6
 
 
@@ -16,21 +16,20 @@ def ranks(
     candidate_group: Tensor,
     potentials: Tensor | None = None,
 ) -> Tensor:
-    """Number of foreign candidates that are at least as similar to a query as the best candidate of its own group.
+    """Number of candidates of other groups that are at least as similar to a query as the best of its own group.
 
-    A tie counts against the query, so that features that are all the same get no hits: sorting would give them those
-    that the order of the data makes. That is also why the hit rates of clip-benchmark and torchmetrics, which sort,
-    are not used here; without ties they are equal.
+    A tie counts against the query, so that features that are all equal get no hits. With sorting, as in clip-benchmark
+    and torchmetrics, the order of the data would decide a tie. Without ties their hit rates are equal to these.
 
     Args:
         queries: `(n, d)`, unit norm.
         candidates: `(m, d)`, unit norm.
         query_group: `(n,)`, numbers of groups.
         candidate_group: `(m,)`; each query's group has a candidate.
-        potentials: `(m,)`, what is added to the cosines of each candidate; nothing where `None`.
+        potentials: `(m,)`, added to the cosines of each candidate; zero where `None`.
 
     Returns:
-        `(n,)`, 0 for a query whose own candidate comes first; recall at K is the share of ranks below K.
+        `(n,)`, 0 for a query whose own candidate comes first. Recall at K is the share of ranks below K.
     """
     found = []
     rows = max(1, _TILE // len(candidates))

@@ -1,12 +1,11 @@
-"""Plan-calibrated retrieval: similarities to which the potentials of a plan over training features are added.
+"""Plan-calibrated retrieval: the potentials of a plan over training features are added to the similarities.
 
-In high dimensions a few points, the hubs, are near to everything and come up for queries that are not theirs (Dinu,
-Lazaridou and Baroni, *Improving zero-shot learning by mitigating the hubness problem*, ICLR workshop 2015). Cures weigh
-a candidate by how near it is to a bank of other queries: the inverted softmax (Smith et al., ICLR 2017), querybank
+In high dimensions a few points, the hubs, are near to everything, and are found for queries that are not theirs (Dinu,
+Lazaridou and Baroni, *Improving zero-shot learning by mitigating the hubness problem*, ICLR workshop 2015). Remedies
+weigh a candidate by how near it is to a bank of other queries: inverted softmax (Smith et al., ICLR 2017), querybank
 normalisation (Bogolin et al., CVPR 2022). A potential of the entropic plan (method, section 3) does so as well:
-`g(t) = -ε log 1/N Σ_i exp((f_i - C(v_i, t))/ε)` is low for a text near to many training images `v_i`, of which those
-count more that few training texts are near to. With all `f_i = 0`, adding it is the inverted softmax at temperature
-`ε`.
+`g(t) = -ε log 1/N Σ_i exp((f_i - C(v_i, t))/ε)` is low for a text that is near to many training images `v_i`. Images
+that few training texts are near to count more. With all `f_i = 0` it is the inverted softmax at temperature `ε`.
 """
 
 from __future__ import annotations
@@ -36,33 +35,32 @@ MAX_SUPPORT = 8192
 _TILE = 2**24
 # Rows of the gallery in a tile, at most.
 _GALLERY_TILE = 2**14
-# Half precision leaves norms that differ from one by a percent.
+# In half precision unit vectors have norms that differ from one by a percent.
 _NORM_ERROR = 0.02
 
 Array = TypeVar("Array", Tensor, "NDArray")
 
 
 class Hits(NamedTuple, Generic[Array]):
-    """What a search found: row `i` of both, `(n, k)`, are the candidates of query `i`, best first."""
+    """What a search found. Row `i` of both arrays, `(n, k)`, is about query `i`; its best candidate comes first."""
 
     indices: Array
     """Rows of the gallery, int64."""
     scores: Array
-    """Calibrated similarities; they order the candidates of one query, and their level means nothing."""
+    """Calibrated similarities. They order the candidates of one query; their absolute value has no meaning."""
 
 
 class CalibratedRetriever:
     """Search by `s(v, t) + g(t)` for the texts of images, by `s(v, t) + f(v)` for the images of texts.
 
     `s` is the cosine; `g` and `f` are the potentials that a plan gives to the candidates, in the same units. The plan
-    is one of *training* features: calibrated on the queries themselves, the answer to one would depend on the others,
-    and a test set would tell of its own pairs. The potentials of several plans are averaged, which evens out what is
-    chance in each.
+    is one of *training* features. If it were made from the queries, the answer to one query would depend on the others,
+    and a test set would reveal its own pairs. The potentials of several plans are averaged, which reduces their noise.
 
-    Queries and gallery are `(n, d)` and `(m, d)` unit-norm features of the model that gave the training features,
-    either both numpy or both torch, of any floating type; half precision is taken to float32. The work is done on the
-    device of the plans, a tile at a time: beyond potentials and results it takes `O(tile)` memory, whatever the size of
-    the gallery, which may be a `numpy.memmap`.
+    Queries and gallery are `(n, d)` and `(m, d)` unit-norm features of the model that gave the training features. Both
+    are numpy or both are torch, of any floating type; half precision becomes float32. The search runs on the device of
+    the plans, a tile at a time. Beyond potentials and results it needs `O(tile)` memory for a gallery of any size, and
+    the gallery may be a `numpy.memmap`.
 
     Args:
         plans: one plan or several, of one width and on one device.
@@ -107,21 +105,22 @@ class CalibratedRetriever:
         seed: int = 0,
         device: torch.device | str | None = None,
     ) -> CalibratedRetriever:
-        """Couples training features.
+        """A retriever with one plan of training features.
 
         Args:
             image_features, text_features: `(N, d)` unit-norm features, row `i` of both one pair; numpy or torch.
-            epsilon: `ε > 0`, in units of the cosine: small ones follow single training points, large ones take away no
-                more than a candidate's mean similarity.
-            max_support: most pairs to couple; of more a seeded subsample is taken. Above 8,192 no matrix is kept, and
-                the solver becomes slower.
+            epsilon: `ε > 0`, in units of the cosine. With a small one the potentials follow single training points;
+                with a large one they only subtract a candidate's mean similarity.
+            max_support: couple so many pairs at most, a seeded subsample where there are more. Above 8,192 no matrix
+                is kept, and the solver is slower.
             seed: of the subsample.
             device: where to solve and search; that of the features if they are tensors, else the CPU.
 
         Raises:
-            TypeError: features that are neither numpy arrays nor tensors, or not floating.
-            ValueError: empty, of different shapes, not of unit norm, not finite; a setting out of its range.
-            RuntimeError: Sinkhorn stopped far from its marginals, as at a very small `ε`.
+            TypeError: the features are neither numpy arrays nor tensors, or not floating.
+            ValueError: the features are empty, of different shapes, not of unit norm or not finite; or a setting is out
+                of its range.
+            RuntimeError: Sinkhorn stopped far from its marginals, as with a very small `ε`.
         """
         if _shape(image_features, "image_features") != _shape(text_features, "text_features"):
             raise ValueError(
@@ -144,16 +143,16 @@ class CalibratedRetriever:
     def from_checkpoint(
         cls, checkpoint: Path | str, epsilon: float | None = EPSILON, device: torch.device | str = "cpu"
     ) -> CalibratedRetriever:
-        """The plans that `--loss otco` cached in a checkpoint of OpenCLIP's training script.
+        """A retriever with the plans that `--loss otco` cached in a checkpoint of OpenCLIP's training script.
 
         Args:
             checkpoint: the file, as `runs/NAME/checkpoints/epoch_N.pt`.
-            epsilon: couples the cached features anew where a plan has another one, as those that measure trust have;
-                `None`: as they were coupled.
+            epsilon: plans with another `ε` are made anew from their features; with `None` all plans stay as they are.
+                Plans that measure trust have another one.
             device: where to search.
 
         Raises:
-            ValueError: it cannot be read or holds no plans with potentials.
+            ValueError: the file cannot be read, or holds no plans with potentials.
         """
         from openclip_otco.runs.checkpoint import cached_plans
 
@@ -166,7 +165,7 @@ class CalibratedRetriever:
 
     @property
     def device(self) -> torch.device:
-        """Where the work is done."""
+        """The device of the plans, where the search runs."""
         return self.plans[0].f.device
 
     def to(self, device: torch.device | str) -> CalibratedRetriever:
@@ -175,13 +174,13 @@ class CalibratedRetriever:
 
     @full_precision
     def potentials(self, gallery: Array, way: str = "image_to_text") -> Array:
-        """`(m,)` float32, the number that is added to each candidate's similarity, in units of the cosine.
+        """`(m,)` float32, what is added to each candidate's similarity, in units of the cosine.
 
         As `s + g = [q, 1] · [x, g]`, an index for inner products can hold the gallery with one more coordinate.
 
         Args:
             gallery: `(m, d)` features of texts for `image_to_text`, of images for `text_to_image`.
-            way: from what to what the search goes.
+            way: `image_to_text` or `text_to_image`.
 
         Raises:
             TypeError, ValueError: as `search` does.
@@ -191,7 +190,7 @@ class CalibratedRetriever:
             self._potentials(_rows(gallery, tile, self.device, "gallery"), way)
             for tile in _slices(len(gallery), _GALLERY_TILE)
         ]
-        return _like(torch.cat(parts), gallery)
+        return _as_given(torch.cat(parts), gallery)
 
     @full_precision
     def search(
@@ -202,22 +201,22 @@ class CalibratedRetriever:
         way: str = "image_to_text",
         potentials: Array | None = None,
     ) -> Hits[Array]:
-        """The `k` best candidates of each query, best first; of candidates with equal scores any may come first.
+        """The `k` best candidates of each query, the best first. The order of candidates with equal scores is open.
 
         Args:
             queries: `(n, d)` features of images for `image_to_text`, of texts for `text_to_image`.
             gallery: `(m, d)` features of the other side.
             k: `1 <= k <= m`.
-            way: from what to what the search goes.
-            potentials: `(m,)`, what `potentials` gave for this gallery and way; made here if `None`.
+            way: `image_to_text` or `text_to_image`.
+            potentials: `(m,)`, the result of `potentials` for this gallery and way; computed if `None`.
 
         Returns:
             Indices and scores, `(n, k)` each, numpy or torch as the queries are, and on their device.
 
         Raises:
-            TypeError: arrays of two kinds, neither numpy nor torch, or not floating.
-            ValueError: wrong shapes or width, `k` beyond the gallery, an unknown way; features that are not finite or
-                not of unit norm.
+            TypeError: the arrays are of two kinds, neither numpy nor torch, or not floating.
+            ValueError: wrong shapes or width, `k` greater than the gallery, an unknown way, or features that are not
+                finite or not of unit norm.
         """
         self._check(queries, way, "queries")
         self._check(gallery, way, "gallery")
@@ -232,23 +231,23 @@ class CalibratedRetriever:
             potentials = self.potentials(gallery, way)
         elif tuple(potentials.shape) != (m,):
             raise ValueError(f"potentials must be ({m},), one for each row of the gallery; got {potentials.shape}")
-        added = torch.as_tensor(potentials, device=self.device)
+        candidate_potentials = torch.as_tensor(potentials, device=self.device)
         columns = min(m, _GALLERY_TILE)
         found = [
-            self._best(_rows(queries, tile, self.device, "queries"), gallery, added, k)
+            self._best(_rows(queries, tile, self.device, "queries"), gallery, candidate_potentials, k)
             for tile in _slices(len(queries), max(1, _TILE // (columns + k)))
         ]
         scores, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return Hits(_like(indices, queries), _like(scores, queries))
+        return Hits(_as_given(indices, queries), _as_given(scores, queries))
 
-    def _best(self, queries: Tensor, gallery: Array, added: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Scores and indices, `(n, k)` each: the best so far beside those of the next tile of the gallery."""
+    def _best(self, queries: Tensor, gallery: Array, potentials: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Scores and indices, `(n, k)` each. Each tile's best candidates compete with the best ones so far."""
         best = queries.new_empty(len(queries), 0)
         indices = torch.empty(len(queries), 0, dtype=torch.int64, device=self.device)
         for tile in _slices(len(gallery), _GALLERY_TILE):
             candidates = _rows(gallery, tile, self.device, "gallery")
             dtype = torch.promote_types(queries.dtype, candidates.dtype)
-            scores = queries.to(dtype) @ candidates.to(dtype).T + added[tile]
+            scores = queries.to(dtype) @ candidates.to(dtype).T + potentials[tile]
             top, column = scores.topk(min(k, scores.shape[1]), dim=1)
             both = torch.cat([best, top], dim=1)
             best, place = both.topk(min(k, both.shape[1]), dim=1)
@@ -271,12 +270,12 @@ class CalibratedRetriever:
 
 
 def recoupled(plan: TransportPlan, epsilon: float | None) -> TransportPlan:
-    """`plan` if it is of this `ε` (or of any, for `None`), else the plan of its features that is.
+    """`plan` itself if it has this `ε`, or if `epsilon` is `None`; else a plan of its features with this `ε`.
 
     Raises:
         ValueError, RuntimeError: as `PlanSolver` does.
     """
-    # What was not coupled stays so: the retriever refuses it.
+    # A plan that was not coupled stays as it is, and the retriever refuses it.
     if epsilon is None or epsilon == plan.epsilon or not plan.coupled:
         return plan
     return PlanSolver(epsilon=epsilon).solve(plan.image_features, plan.text_features, plan.step)
@@ -295,21 +294,21 @@ def _rows(features: Array, index: slice | Tensor, device: torch.device, name: st
     if isinstance(features, Tensor):
         rows = features.detach()[index if isinstance(index, slice) else index.to(features.device)]
     else:
-        # A copy, as torch wants to be able to write to what it gets, and a memory map may not let it.
+        # A copy, as torch wants memory that it can write to, and a memory map may be read-only.
         rows = torch.from_numpy(np.array(features[index if isinstance(index, slice) else index.numpy()]))
     if not rows.is_floating_point():
         raise TypeError(f"{name} must be floating; got {features.dtype}")
     rows = rows.to(device).to(torch.promote_types(rows.dtype, torch.float32))
     norms = torch.linalg.vector_norm(rows, dim=1)
-    # A NaN or an infinity among the numbers fails this as well.
+    # NaN and infinity fail this as well.
     if not bool(((norms - 1).abs() <= _NORM_ERROR).all()):
         raise ValueError(f"{name} must be finite and of unit norm; got norms of {norms.min():.3g} to {norms.max():.3g}")
     return rows
 
 
-def _like(result: Tensor, example: Array) -> Array:
-    """`result` as numpy or torch, whichever `example` is, and on its device."""
-    return result.to(example.device) if isinstance(example, Tensor) else result.cpu().numpy()
+def _as_given(result: Tensor, given: Array) -> Array:
+    """`result` as a numpy array or a tensor, whichever `given` is, and on its device."""
+    return result.to(given.device) if isinstance(given, Tensor) else result.cpu().numpy()
 
 
 def _slices(n: int, size: int) -> Iterator[slice]:

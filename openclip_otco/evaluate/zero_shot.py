@@ -12,10 +12,10 @@ from openclip_otco.runs.encoder import Encoder
 
 
 def read_lines(flag: str, path: Path) -> list[str]:
-    """The lines of a text file that have something in them.
+    """The lines of a text file that are not empty.
 
     Raises:
-        UserError: it cannot be read, or has no such line.
+        UserError: the file cannot be read, or all lines are empty.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -27,7 +27,7 @@ def read_lines(flag: str, path: Path) -> list[str]:
 
 
 def read_templates(path: Path) -> list[str]:
-    """Prompts with one `{c}` (clip-benchmark's form) or `{}` (OpenCLIP's) each, as the latter.
+    """Prompts with one place for the class name: `{c}` in the file, as in clip-benchmark, or `{}`; `{}` in the result.
 
     Raises:
         UserError: the file cannot be read, or a line has no place for the class name.
@@ -40,10 +40,10 @@ def read_templates(path: Path) -> list[str]:
 
 
 def class_features(encoder: Encoder, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """`(C, d)`, unit norm: the mean of each class over its prompts, made by OpenCLIP."""
+    """`(C, d)`, unit norm: the mean feature of each class over its prompts, computed by OpenCLIP."""
     from open_clip import build_zero_shot_classifier
 
-    # Functions, as a template may hold other braces.
+    # Functions instead of `format`, as a template may hold other braces.
     fill = [lambda name, template=template: template.replace("{}", name) for template in templates]
     with torch.inference_mode(), encoder.autocast():
         columns = build_zero_shot_classifier(encoder.model, encoder.tokenizer, names, fill, device=encoder.device)

@@ -11,7 +11,7 @@ from openclip_otco.errors import UserError
 from openclip_otco.runs.arguments import count, positive
 
 if TYPE_CHECKING:
-    from openclip_otco.inspect.saved import Saved
+    from openclip_otco.inspect.saved import SavedRun
 
 OK = 0
 PAGE = "inspect.html"
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def inspect(args: argparse.Namespace) -> Path:
-    """Write the page of the run `args.run_dir`; what cannot be read is left out, and the page says so.
+    """Write the page of the run `args.run_dir`. The page leaves out what cannot be read, and says so.
 
     Returns:
         The page's file.
@@ -57,8 +57,9 @@ def inspect(args: argparse.Namespace) -> Path:
     # Not at the top: they load torch, which `--help` does without.
     from openclip_otco.data import samples
     from openclip_otco.inspect.history import read_history
-    from openclip_otco.inspect.report import curves, facts, plan_section
-    from openclip_otco.inspect.saved import newest
+    from openclip_otco.inspect.plan_section import plan_section
+    from openclip_otco.inspect.report import curves, facts
+    from openclip_otco.inspect.saved import newest_checkpoint
     from openclip_otco.pages.page import write_page
     from openclip_otco.runs import checkpoint
 
@@ -68,7 +69,7 @@ def inspect(args: argparse.Namespace) -> Path:
     if args.data is not None:
         samples.shards(args.data)
     params = checkpoint.params(folder / "checkpoints" / "epoch_N.pt")
-    history, saved = read_history(folder, params), newest(folder)
+    history, saved = read_history(folder, params), newest_checkpoint(folder)
     charts, missing = curves(history)
     section = plan_section(saved, lambda: _pairs(args, saved, params), params, args.samples, args.negatives)
     path: Path = args.out or folder / PAGE
@@ -88,11 +89,11 @@ def inspect(args: argparse.Namespace) -> Path:
     return path
 
 
-def _pairs(args: argparse.Namespace, saved: Saved | None, params: Mapping[str, Any]) -> Any:
+def _pairs(args: argparse.Namespace, saved: SavedRun | None, params: Mapping[str, Any]) -> Any:
     """Pairs of `--data`, or of the run's own shards, encoded with the checkpoint's weights.
 
     Raises:
-        UserError: there are none, with what to do about it.
+        UserError: there are none; the message says what to do about it.
     """
     from openclip_otco.data import samples
     from openclip_otco.data.shard import is_local
@@ -100,7 +101,7 @@ def _pairs(args: argparse.Namespace, saved: Saved | None, params: Mapping[str, A
     from openclip_otco.runs import checkpoint
 
     data = args.data or params.get("train_data")
-    # What a run's folder says may be a stranger's, and a `pipe:` is a command.
+    # A stranger may have written the run's folder, and a `pipe:` in it is a command.
     if args.data is None and isinstance(data, str) and not all(map(is_local, samples.expanded(data))):
         raise UserError(f"The run's --train-data {data} is no local file. Name shards to show by --data")
     if saved is None:

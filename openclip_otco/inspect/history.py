@@ -14,8 +14,8 @@ from openclip_otco.runs import train_log
 
 Curve = dict[int, float]
 
-# TensorBoard's reader keeps so many points of a curve, drawn evenly; a page shows fewer still.
-_KEPT = 4000
+# TensorBoard's reader keeps so many points of a curve, chosen evenly; a page shows fewer.
+_MOST_POINTS = 4000
 _PLAN = re.compile(r"OTCO Plan: \d+ \(step (\d+), N (\d+)\) (.*)")
 _NUMBER = r"-?(?:[\d.]+(?:e[+-]?\d+)?|inf|nan)"
 _METRIC = re.compile(rf"([A-Z][A-Za-z ]*?): ({_NUMBER})(?=\s|$)")
@@ -25,12 +25,12 @@ _LOSS = re.compile(rf"(\w*[Ll]oss): ({_NUMBER}) \(")
 
 @dataclass
 class History:
-    """What is known of a run over its steps; curves are values by optimizer step.
+    """The curves of a run; a curve holds a value for each optimizer step.
 
     Args:
-        plans: plan diagnostics under their names in TensorBoard, less `train/otco_`.
-        losses: the loss and its terms, `loss` being their sum.
-        rsum: sum of the six recalls after each epoch, 0 to 600, by epoch.
+        plans: plan diagnostics under their names in TensorBoard, without the prefix `train/otco_`.
+        losses: the loss and its terms; `loss` is their sum.
+        rsum: sum of the six recalls after each epoch, 0 to 600; by epoch instead of step.
         sources: where the curves are from, in words.
     """
 
@@ -41,11 +41,11 @@ class History:
 
 
 def read_history(run: Path, params: Mapping[str, Any]) -> History:
-    """The history of the run in the folder `run`, as far as its files tell; a running one may still write them.
+    """The history of the run in the folder `run`, as far as its files tell. The run may still be writing them.
 
     Args:
         run: OpenCLIP's `LOGS/NAME`.
-        params: of the run's `params.txt`; without them, log lines of the loss cannot be told their step.
+        params: of the run's `params.txt`; without them the steps of the loss in the log are unknown.
     """
     history = History(rsum=_rsum(run / "checkpoints" / "results.jsonl"))
     scalars = _scalars(run / "tensorboard")
@@ -58,37 +58,39 @@ def read_history(run: Path, params: Mapping[str, Any]) -> History:
     if history.plans or history.losses:
         history.sources.append("TensorBoard's events")
     lines = _whole_lines(run / "out.log")
-    for mine, logged in ((history.plans, _plans(lines)), (history.losses, _losses(lines, params))):
-        if not mine and logged:
-            mine.update(logged)
+    for curves, logged in ((history.plans, _plans(lines)), (history.losses, _losses(lines, params))):
+        if not curves and logged:
+            curves.update(logged)
             if "out.log" not in history.sources:
                 history.sources.append("out.log")
     return history
 
 
 def _scalars(folder: Path) -> dict[str, Curve]:
-    """All scalars in TensorBoard's event files, by tag; of broken or unfinished files, what is whole."""
+    """All scalars in TensorBoard's event files, by tag; of broken or unfinished files, those that are complete."""
     if not any(folder.glob("events.out.tfevents.*")):
         return {}
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
-    # It warns of each restart and of each file that ends early, which here is nothing to worry about.
+    # It warns of each restart and of each file that ends early. A reader of the page need not know.
     logger = logging.getLogger("tensorboard")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        # Zero would keep them all: pictures are looked at in TensorBoard, and histograms too.
-        events = EventAccumulator(str(folder), {SCALARS: _KEPT, "images": 1, "histograms": 1, "tensors": _KEPT})
+        # One picture and one histogram, as zero would keep all of them; the page shows neither.
+        events = EventAccumulator(
+            str(folder), {SCALARS: _MOST_POINTS, "images": 1, "histograms": 1, "tensors": _MOST_POINTS}
+        )
         events.Reload()
         return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()[SCALARS]}
-    except Exception:  # the reader raises whatever protobuf does; the log is there instead
+    except Exception:  # the reader raises any error of protobuf's; the log takes its place
         return {}
     finally:
         logger.setLevel(level)
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """The lines of a log; the last one only if its end is there, for a number cut short is another number."""
+    """The lines of a log, without an unfinished last one: a number that is cut short is another number."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -97,7 +99,7 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 def _plans(lines: Iterable[str]) -> dict[str, Curve]:
-    """The diagnostics of `OTCO Plan:` lines. They show each plan that was due for the log, not all of them."""
+    """The diagnostics of `OTCO Plan:` lines. The log holds only some of the plans."""
     found: dict[str, Curve] = {}
     for line in lines:
         if plan := _PLAN.search(line):
@@ -107,7 +109,7 @@ def _plans(lines: Iterable[str]) -> dict[str, Curve]:
 
 
 def _losses(lines: Iterable[str], params: Mapping[str, Any]) -> dict[str, Curve]:
-    """The losses of `Train Epoch:` lines, by the step that TensorBoard would have: the last one of those averaged."""
+    """The losses of `Train Epoch:` lines. A line is a mean over steps, and counts for the last, as in TensorBoard."""
     sizes = [params.get(name, 1) for name in ("batch_size", "accum_freq", "world_size")]
     if "batch_size" not in params or not all(isinstance(size, int) and size > 0 for size in sizes):
         return {}
@@ -130,5 +132,5 @@ def _rsum(path: Path) -> Curve:
             metrics = json.loads(line)
             found[int(metrics["epoch"])] = train_log.rsum(metrics)
         except (ValueError, KeyError, TypeError):
-            continue  # not of retrieval, or torn
+            continue  # no metrics of retrieval, or an unfinished line
     return found

@@ -1,4 +1,4 @@
-"""Hard negatives: the other pairs that most of a sample's mass goes to in a plan."""
+"""Hard negatives: the other pairs to which a plan moves most of a sample's mass."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class Sample:
         share: of the image's mass that stays with its own text, in `[0, 1]`.
         confidence: the plan's, in `[0, 1]`.
         cosine: of the pair.
-        texts, images: other pairs' texts that the image's mass goes to, and other images that the text's comes from.
+        texts: other pairs' texts, to which the image's mass goes.
+        images: other pairs' images, from which the text's mass comes.
     """
 
     index: int
@@ -41,43 +42,40 @@ class Sample:
     images: tuple[Negative, ...]
 
 
-def spread(plan: TransportPlan, count: int) -> list[int]:
-    """`count` pairs of the support, from the least to the most confident, evenly by rank."""
+def evenly_by_confidence(plan: TransportPlan, count: int) -> list[int]:
+    """Indices of `count` pairs of the support, from the least to the most confident, evenly by rank."""
     order = support_confidence(plan).argsort()
     places = torch.linspace(0, len(plan) - 1, min(count, len(plan))).round().long()
     return order[places].tolist()
 
 
 def hardest_negatives(plan: TransportPlan, chosen: Sequence[int], count: int) -> list[Sample]:
-    """The pairs `chosen` with `count` negatives each way; a plan has one less than it has pairs at most."""
-    rows, everyone = torch.tensor(chosen, dtype=torch.long), torch.arange(len(plan))
+    """The pairs `chosen`, each with `count` negatives each way, or all of the other pairs where there are fewer."""
+    indices, everyone = torch.tensor(chosen, dtype=torch.long), torch.arange(len(plan))
     cosines = plan.image_features @ plan.text_features.T
     confidence = support_confidence(plan)
-    ways = []
-    for shares, similarity in (
-        (row_shares(plan, rows, everyone), cosines[rows]),
-        (row_shares(plan, everyone, rows).T, cosines[:, rows].T),
-    ):
-        ways.append(_hardest(shares, similarity, rows, count))
-    own = row_shares(plan, rows, rows).diagonal().clamp(max=1)
+    texts = _hardest(row_shares(plan, indices, everyone), cosines[indices], indices, count)
+    images = _hardest(row_shares(plan, everyone, indices).T, cosines[:, indices].T, indices, count)
+    own_share = row_shares(plan, indices, indices).diagonal().clamp(max=1)
     return [
-        Sample(index, float(own[k]), float(confidence[index]), float(cosines[index, index]), ways[0][k], ways[1][k])
+        Sample(index, float(own_share[k]), float(confidence[index]), float(cosines[index, index]), texts[k], images[k])
         for k, index in enumerate(chosen)
     ]
 
 
-def block_of(found: Sequence[Sample], most: int) -> list[int]:
-    """The pairs of a heat map around the samples: each followed by its hardest negatives, `most` in all."""
-    per_sample = max(1, most // max(1, len(found)))
+def heat_map_pairs(samples: Sequence[Sample], most: int) -> list[int]:
+    """Indices of the pairs of a heat map: each sample, followed by its hardest negatives, `most` in all."""
+    per_sample = max(1, most // max(1, len(samples)))
     indices: dict[int, None] = {}
-    for sample in found:
-        near = [negative.index for pair in zip(sample.texts, sample.images, strict=True) for negative in pair]
-        mine = dict.fromkeys([sample.index, *near])
-        indices |= dict.fromkeys([index for index in mine if index not in indices][:per_sample])
+    for sample in samples:
+        negatives = [negative.index for both in zip(sample.texts, sample.images, strict=True) for negative in both]
+        candidates = dict.fromkeys([sample.index, *negatives])
+        indices |= dict.fromkeys([index for index in candidates if index not in indices][:per_sample])
     return list(indices)[:most]
 
 
 def _hardest(shares: Tensor, cosines: Tensor, own: Tensor, count: int) -> list[tuple[Negative, ...]]:
+    """For each row of `shares` and `cosines`, `(k, N)`, the columns with the greatest shares, but for the own one."""
     others = shares.clone()
     others[torch.arange(len(own)), own] = -torch.inf
     best = others.topk(min(count, shares.shape[1] - 1), dim=1).indices

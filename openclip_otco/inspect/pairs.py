@@ -17,8 +17,8 @@ from openclip_otco.errors import UserError
 from openclip_otco.pages.thumbnail import thumbnail
 from openclip_otco.runs.encoder import Encoder
 
-# Longer side of a thumbnail in pixels: sharp on a dense screen at the size at which pages show it.
-_SIDE = 192
+# Longer side of a thumbnail in pixels. On a dense screen it is sharp at the size that pages show.
+_THUMBNAIL_SIDE = 192
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ def encode_pairs(encoder: Encoder, data: str, count: int, batch_size: int, worke
     images, texts = [], []
     with tqdm(total=count, desc="pairs", unit="pair", disable=None) as bar:
         for batch in samples.batches(data, prepare, min(batch_size, count), workers):
-            batch = [sample for sample in batch if sample.captions][: count - len(shown)]
-            if batch:
-                images.append(encoder.images([sample.image[0] for sample in batch]))
-                texts.append(encoder.texts([sample.captions[0] for sample in batch]))
-                shown += [Pair(sample.key, sample.captions[0], sample.image[1]) for sample in batch]
-                bar.update(len(batch))
+            captioned = [sample for sample in batch if sample.captions][: count - len(shown)]
+            if captioned:
+                images.append(encoder.images([sample.image[0] for sample in captioned]))
+                texts.append(encoder.texts([sample.captions[0] for sample in captioned]))
+                shown += [Pair(sample.key, sample.captions[0], sample.image[1]) for sample in captioned]
+                bar.update(len(captioned))
             if len(shown) >= count:
                 break
     if len(shown) < 2:
@@ -64,4 +64,5 @@ def encode_pairs(encoder: Encoder, data: str, count: int, batch_size: int, worke
 
 
 def _prepared(image: Image.Image, preprocess: Callable[[Any], Any]) -> tuple[Any, bytes]:
-    return preprocess(image), thumbnail(image, _SIDE)
+    """The image as the model takes it, and its thumbnail as a JPEG file."""
+    return preprocess(image), thumbnail(image, _THUMBNAIL_SIDE)

@@ -1,4 +1,4 @@
-"""What a run saved last: the newest checkpoint that can be read, and the plans cached in it."""
+"""What a run has saved: the newest checkpoint that can be read, and the plans cached in it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from openclip_otco.runs.checkpoint import read
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedRun:
     """A checkpoint of a run.
 
     Args:
         checkpoint: the file.
-        epoch: epochs that were complete, or None where it does not tell.
-        plans: of the cache, oldest first; empty where the run has none, as one of another loss.
-        made, skipped: plans so far.
+        epoch: number of complete epochs; None where the checkpoint does not tell.
+        plans: of the cache, oldest first; empty where there is no cache, as with another loss.
+        made, skipped: numbers of plans so far.
     """
 
     checkpoint: Path
@@ -28,16 +28,16 @@ class Saved:
     skipped: int = 0
 
 
-def newest(run: Path) -> Saved | None:
-    """The newest readable checkpoint of the run in the folder `run`; None without any.
+def newest_checkpoint(run: Path) -> SavedRun | None:
+    """The newest readable checkpoint of the run in the folder `run`; None where there is none.
 
-    One that a running training has not written to its end is passed over for the one before.
+    A training may just be writing the newest file. Then the one before it is read.
     """
     files = [path for path in (run / "checkpoints").glob("*.pt") if path.is_file()]
-    for checkpoint in sorted(files, key=_age):
+    for checkpoint in sorted(files, key=_newest_first):
         try:
             content = read(checkpoint)
-        except Exception:  # torch.load raises whatever a torn file makes it stumble over
+        except Exception:  # torch.load raises errors of any kind for a torn file
             continue
         epoch = content.get("epoch")
         state = content.get("plugins", {}).get("otco", {})
@@ -47,12 +47,15 @@ def newest(run: Path) -> Saved | None:
             counts = int(state["made"]), int(state["skipped"])
         except (KeyError, TypeError, ValueError, AttributeError):
             cache, counts = PlanCache(1), (0, 0)
-        return Saved(checkpoint, epoch if isinstance(epoch, int) else None, tuple(cache[s] for s in cache), *counts)
+        return SavedRun(
+            checkpoint, epoch if isinstance(epoch, int) else None, tuple(cache[step] for step in cache), *counts
+        )
     return None
 
 
-def _age(path: Path) -> tuple[float, str]:
+def _newest_first(path: Path) -> tuple[float, str]:
+    """Sorts files by time, the newest first."""
     try:
         return -path.stat().st_mtime, path.name
-    except OSError:  # deleted by the training a moment ago
+    except OSError:  # the training has just deleted it
         return 0.0, path.name

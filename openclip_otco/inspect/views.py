@@ -1,4 +1,4 @@
-"""Views: where each cached plan would move a sample, and how much the plans differ in that."""
+"""Views: where each cached plan would move a sample, and how much the plans differ in it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Views:
 
 
 def compare_views(plans: Sequence[TransportPlan], images: Tensor, texts: Tensor) -> Views | None:
-    """The transported views `v'` and `t'` of the pairs, plan against plan; None of fewer than two plans.
+    """How alike two plans' transported views `v'` and `t'` of the pairs are; None for fewer than two plans.
 
-    Each view is that of the loss (method, section 4), own pair in the support; a cosine is the mean of that between
-    two views of the image and that between two views of the text.
+    The views are those of the loss (method, section 4), with the own pair in the support. A cosine is the mean of two:
+    between two views of the image, and between two views of the text.
 
     Args:
         plans: of the run's cache.

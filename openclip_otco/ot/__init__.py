@@ -1,7 +1,7 @@
-"""Optimal transport, alone: costs, plans and divergences. Knows nothing of OpenCLIP.
+"""Optimal transport: costs, plans and divergences. The room needs nothing of OpenCLIP.
 
-Three small things with clear seams: a cost (a matrix, or `CosineCost` of features), a starting plan
-(`combinatorial_plan`, `exact_plan`), and a solver that refines it (`sinkhorn`).
+A cost is a matrix, or the `CosineCost` of features. An initial plan (`combinatorial_plan`, `exact_plan`) has few
+entries. A solver (`sinkhorn`) starts from its duals, and finds the entropic plan.
 """
 
 from openclip_otco.ot.combinatorial import combinatorial_plan

@@ -1,4 +1,4 @@
-"""Ground costs: what it takes to move image `i` onto text `j`, asked for tile by tile."""
+"""Ground costs: what it costs to move mass from image `i` to text `j`. Solvers read them tile by tile."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import ParamSpec, Protocol, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-# Elements of a tile. On a CPU 2 MiB of float32, which stay in the cache over the few operations that a tile sees; on a
-# GPU enough to keep it busy.
+# Elements of a tile. On a CPU they are 2 MiB of float32, which stay in the cache during the operations on a tile. On a
+# GPU they are enough to keep it busy.
 TILE_ELEMENTS = 2**19
 GPU_TILE_ELEMENTS = 2**25
-# Tiles that are made from features are so much larger: a product of few rows is slow.
+# Tiles of a lazy cost are larger by this factor, as a matrix product of few rows is slow.
 LAZY_FACTOR = 8
 # Up to this many entries a cost may be kept as a matrix: 256 MiB of float32.
 DENSE_ENTRIES = 8192 * 8192
@@ -33,8 +33,10 @@ class Cost(Protocol):
     def device(self) -> torch.device: ...
 
     def rows(self, index: slice | Tensor, out: Tensor | None = None) -> Tensor:
-        """The rows `index` of the matrix, `(len(index), m)`, to be read only: they may be the cost's own memory. Rows
-        that have to be made may be made in `out`, of that shape."""
+        """The rows `index` of the matrix, `(len(index), m)`. Do not change them: they may be the cost's own memory.
+
+        A cost that has to compute its rows may do so in `out`, which has their shape.
+        """
         ...
 
     def entries(self, rows: Tensor, cols: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ R = TypeVar("R")
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """Runs a solver outside autocast, wherever it was called: potentials and costs are no place for half precision."""
+    """Runs a solver outside autocast, as potentials and costs need more than half precision."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -72,9 +74,9 @@ class CosineCost:
     """`C_ij = 1 - x_i · y_j`, in `[0, 2]`; only the features are kept.
 
     Args:
-        x: `(n, d)` unit-norm features. Half precision is taken up to float32.
+        x: `(n, d)` unit-norm features. Half precision becomes float32.
         y: `(m, d)` unit-norm features, on the same device.
-        check_finite: look for NaN and infinity; costs a pass, and on a GPU a wait for it.
+        check_finite: look for NaN and infinity, in one pass over the features; on a GPU the caller waits for it.
 
     Raises:
         TypeError: the features are no tensors.
@@ -136,7 +138,7 @@ class DenseCost:
         if matrix.is_complex():
             raise ValueError(f"a cost must be real; got {matrix.dtype}")
         self.matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-        # The range shows NaN and infinity, at a twentieth of the time that `isfinite` takes.
+        # The range shows NaN and infinity in a twentieth of the time of `isfinite`.
         self.range = _range(self.matrix)
         if not all(map(math.isfinite, self.range)):
             raise ValueError("the cost matrix holds NaN or infinity; give forbidden pairs a large finite cost instead")
@@ -169,11 +171,11 @@ class DenseCost:
 
 
 def as_cost(cost: CostLike) -> Cost:
-    """A `Cost` as it is; a matrix wrapped in `DenseCost`.
+    """The cost itself, or a matrix wrapped in `DenseCost`.
 
     Raises:
-        TypeError: it is neither.
-        ValueError: the matrix is no cost.
+        TypeError: it is neither a cost nor a matrix.
+        ValueError: the matrix is empty, not two-dimensional, not real or not finite.
     """
     if isinstance(cost, Tensor):
         return DenseCost(cost)
@@ -183,16 +185,21 @@ def as_cost(cost: CostLike) -> Cost:
 
 
 def held(cost: Cost) -> Cost:
-    """The cost as a matrix, if it has no more than `DENSE_ENTRIES` entries: worth it for whoever goes over it often."""
+    """The cost as a matrix, if it has no more than `DENSE_ENTRIES` entries; else the cost itself.
+
+    The matrix is worth its memory to a solver that reads the cost many times.
+    """
     n, m = cost.shape
-    return cost if isinstance(cost, DenseCost) or n * m > DENSE_ENTRIES else DenseCost(whole(cost))
+    return cost if isinstance(cost, DenseCost) or n * m > DENSE_ENTRIES else DenseCost(all_rows(cost))
 
 
 class HeldParts:
-    """A cost of which a process goes over the same few parts again and again: each is `held` once it was asked for.
+    """A cost that remembers its parts: each part is `held` when it is first asked for, and given again later.
+
+    It serves a process that solves with the same few parts of a cost several times.
 
     Args:
-        cost: the whole of it.
+        cost: the cost between all rows and columns.
     """
 
     def __init__(self, cost: Cost) -> None:
@@ -218,8 +225,8 @@ class HeldParts:
         return self.cost.transposed()
 
 
-def whole(cost: Cost) -> Tensor:
-    """All rows of `cost`, `(n, m)`, to be read only."""
+def all_rows(cost: Cost) -> Tensor:
+    """All rows of `cost`, `(n, m)`. Do not change them: they may be the cost's own memory."""
     return cost.rows(slice(0, cost.shape[0]))
 
 
@@ -241,19 +248,19 @@ def tiles(cost: Cost) -> Iterator[slice]:
 def workspaces(cost: Cost) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """The `tiles`, each with its rows and with memory of their shape to work in.
 
-    It is the same memory all the time: to have the system map new pages for every tile can cost more than the work, and
-    small results that come to lie between large tiles would make the heap grow by a tile each.
+    All tiles share the same memory. New memory for every tile can cost more time than the work itself. It would also
+    make the heap grow by a tile for each small result, as that comes to lie between two tiles.
     """
-    made, work = torch.empty(
+    rows_memory, work = torch.empty(
         2, min(rows_per_tile(cost), cost.shape[0]), cost.shape[1], dtype=cost.dtype, device=cost.device
     )
     for tile in tiles(cost):
         size = tile.stop - tile.start
-        yield tile, cost.rows(tile, made[:size]), work[:size]
+        yield tile, cost.rows(tile, rows_memory[:size]), work[:size]
 
 
 def cost_range(cost: Cost) -> tuple[float, float]:
-    """The least and the greatest entry of `cost`, in one streamed pass."""
+    """The least and the greatest entry of `cost`, in one pass over its tiles."""
     if isinstance(cost, DenseCost):
         return cost.range
     low, high = zip(*(torch.aminmax(rows) for _, rows, _ in workspaces(cost)), strict=True)

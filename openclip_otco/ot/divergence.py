@@ -1,4 +1,4 @@
-"""Sinkhorn divergence: how far two clouds of features are apart, with the entropic bias taken out.
+"""Sinkhorn divergence: the distance between two clouds of features, without the bias of the entropic term.
 
 Feydy, Séjourné, Vialard, Amari, Trouvé, Peyré, *Interpolating between optimal transport and MMD using Sinkhorn
 divergences*, AISTATS 2019.
@@ -33,7 +33,7 @@ def sinkhorn_divergence(
         tol: L1 marginal error of each of the three plans.
 
     Gradients with respect to `x` and `y` are exact for exact potentials (envelope theorem: the potentials are at an
-    optimum, so they count as constants); nothing is recorded through the iterations.
+    optimum, so they count as constants); autograd records none of the iterations.
     """
     terms = (
         entropic_value(x, y, epsilon, a, b, tol, max_iterations),
@@ -59,20 +59,22 @@ def entropic_value(
     if not torch.is_grad_enabled() or not (x.requires_grad or y.requires_grad):
         return value
     row_mass, col_mass = (mass.to(cost.dtype) for mass in marginals(cost, a, b))
-    pulled_x, pulled_y = _pull(cost, result.f, result.g, epsilon, row_mass, col_mass)
+    plan_y, plan_x = _plan_products(cost, result.f, result.g, epsilon, row_mass, col_mass)
     # dC_ij = -dx_i·y_j - x_i·dy_j: a linear function of the features with this slope, and the value of OT_ε.
-    surrogate = -(x * pulled_x).sum() - (y * pulled_y).sum()
+    surrogate = -(x * plan_y).sum() - (y * plan_x).sum()
     return value + surrogate - surrogate.detach()
 
 
-def _pull(cost: CosineCost, f: Tensor, g: Tensor, epsilon: float, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """`σ y`, `(n, d)`, and `σᵀ x`, `(m, d)`, over tiles of the plan."""
-    pulled_x, pulled_y = torch.zeros_like(cost.x), torch.zeros_like(cost.y)
+def _plan_products(
+    cost: CosineCost, f: Tensor, g: Tensor, epsilon: float, a: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The products of the plan with the features, `σ y`, `(n, d)`, and `σᵀ x`, `(m, d)`, over tiles of the plan."""
+    plan_y, plan_x = torch.zeros_like(cost.x), torch.zeros_like(cost.y)
     for tile in tiles(cost):
         plan = plan_rows(cost, tile, f, g, epsilon, a[tile], b)
-        pulled_x[tile] = plan @ cost.y
-        pulled_y += plan.T @ cost.x[tile]
-    return pulled_x, pulled_y
+        plan_y[tile] = plan @ cost.y
+        plan_x += plan.T @ cost.x[tile]
+    return plan_y, plan_x
 
 
 def plan_rows(cost: Cost, tile: slice, f: Tensor, g: Tensor, epsilon: float, a: Tensor, b: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""Exact plan: the optimum itself, by POT's network simplex. Needs the whole matrix: a reference, no workhorse."""
+"""Exact plan: the optimum itself, by POT's network simplex. It needs the whole matrix, and much time for large ones."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from openclip_otco.ot.cost import CostLike, as_cost, cost_range, held, whole
+from openclip_otco.ot.cost import CostLike, all_rows, as_cost, cost_range, held
 from openclip_otco.ot.marginals import marginals
 from openclip_otco.ot.sparse_plan import SparsePlan, certified
 
@@ -28,7 +28,7 @@ def exact_plan(
 
     cost = held(as_cost(cost))
     row_mass, col_mass = marginals(cost, a, b)
-    matrix = whole(cost).to("cpu", torch.float64, copy=True)
+    matrix = all_rows(cost).to("cpu", torch.float64, copy=True)
     # Into [0, 1]: POT takes negative costs for infeasible ones, and its tolerance is absolute.
     low, high = cost_range(cost)
     spread = high - low

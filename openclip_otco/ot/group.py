@@ -1,9 +1,9 @@
-"""Sharing a solve among processes: each takes a slice of the columns, and what it cannot know alone is summed up.
+"""Several processes solve one problem: each takes a slice of the columns, and sums over all columns are collectives.
 
-Every process has to go through the same collectives in the same order, whatever happens to it. So what processes do
-together is an `attempt`, and before each of its collectives they tell each other whether all of them came so far. A
-process that fails, on whatever line, tells that in place of its next collective, and all leave the attempt with an
-error. This costs a sum of one number before each collective, and needs no guard at any other place.
+Every process has to call the same collectives in the same order, whatever happens to it. So the work that processes
+share is an `attempt`. Before each of its collectives they tell each other whether all of them are still well. A process
+that fails, on whatever line, tells so in place of its next collective, and all leave the attempt with an error. This
+costs a sum of one number before each collective, and no other line needs a guard.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Group:
-    """The processes that solve a problem together. This one solves it alone."""
+    """The processes that solve a problem together; here only this one."""
 
     rank = 0
     count = 1
@@ -32,7 +32,7 @@ class Group:
         """The sum over all processes of their `part`, equal to the bit on all of them.
 
         Raises:
-            RuntimeError: another process failed. Where it failed its own error is raised.
+            RuntimeError: another process failed. The process that failed raises its own error.
         """
         return part
 
@@ -41,18 +41,20 @@ class Group:
         return part
 
     def first(self, make: Callable[[], Tensor], like: Tensor) -> Tensor:
-        """What the first process makes, of the shape, type and device of `like`; the others only wait. Errors as in
-        `total`."""
+        """The result of `make` in the first process, with the shape, type and device of `like`; the others only wait.
+
+        Errors as in `total`.
+        """
         return make()
 
     def joined(self, part: Tensor, size: int) -> Tensor:
-        """All shares, `(size,)`, of a vector of which this process has its own; errors as in `total`."""
+        """The vector `(size,)` of all processes' shares; `part` is the share of this one. Errors as in `total`."""
         return part
 
     def attempt(self, make: Callable[[], T]) -> T:
-        """What this process makes, if none of them fails; errors as in `total`.
+        """The result of `make` in this process, if no process fails; errors as in `total`.
 
-        All collectives belong into an attempt. One attempt may be part of another.
+        All collectives belong in an attempt. One attempt may be part of another.
         """
         return make()
 
@@ -66,7 +68,7 @@ class DistributedGroup(Group):
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
-        # Made beforehand: a process that is out of memory has to be able to tell it.
+        # Made now, as a process that has run out of memory has to be able to say so.
         self._failed = torch.zeros(1, device="cuda" if "nccl" in dist.get_backend(group) else "cpu")
         self._attempts = 0
         self._failure_is_known = False
@@ -78,13 +80,13 @@ class DistributedGroup(Group):
         return self._reduced(part.clone(memory_format=torch.contiguous_format), dist.ReduceOp.MIN)
 
     def first(self, make: Callable[[], Tensor], like: Tensor) -> Tensor:
-        # As a sum, which is exact: what the others add is zero.
+        # A sum is exact here, as the others add zero.
         return self.total(make() if self.rank == 0 else torch.zeros_like(like))
 
     def joined(self, part: Tensor, size: int) -> Tensor:
-        whole = part.new_zeros(size)
-        whole[self.part(size)] = part
-        return self._reduced(whole, dist.ReduceOp.SUM)
+        joined = part.new_zeros(size)
+        joined[self.part(size)] = part
+        return self._reduced(joined, dist.ReduceOp.SUM)
 
     def attempt(self, make: Callable[[], T]) -> T:
         if self._attempts == 0:
@@ -107,7 +109,7 @@ class DistributedGroup(Group):
         return part
 
     def _meet(self, failed: bool = False) -> None:
-        """Tells the others whether this process failed; raises if it did not, but another one did."""
+        """Tells the others whether this process failed; raises an error if only another one failed."""
         self._failed.fill_(failed)
         dist.all_reduce(self._failed, group=self.group)
         count = int(self._failed)

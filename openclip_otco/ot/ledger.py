@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -12,19 +12,19 @@ from openclip_otco.ot.cost import Cost, rows_per_tile
 
 # Mass is counted in whole units, 2^60 to all of it: sums are exact, and so are the marginals.
 _UNITS = 2**60
-# A rest of no more entries than this is placed exactly.
-_EXACT_REST = 2**19
+# Free mass is placed exactly, if its rows and the unsold columns make a matrix of no more entries than this.
+_EXACT_ENTRIES = 2**19
 
 
 class Ledger(Protocol):
-    """What the auction asks of a ledger. Prices `(m,)` are those of each column's cheapest mass."""
+    """What the auction asks of a ledger. The price of a column, `(m,)`, is that of its cheapest mass."""
 
     def free(self) -> Tensor:
         """Rows with mass to place, `(k,)`."""
         ...
 
     def free_share(self) -> float:
-        """How much of all the mass they hold."""
+        """The share of all mass that the free rows hold, in `[0, 1]`."""
         ...
 
     def sell(self, rows: Tensor, columns: Tensor, offers: Tensor, price: Tensor) -> None:
@@ -35,17 +35,17 @@ class Ledger(Protocol):
         """What is sold: rows, columns and masses, `(k,)` each."""
         ...
 
-    def rest(self, cost: Cost) -> tuple[Tensor, Tensor, Tensor]:
-        """A coupling of what is free with what is unsold: rows, columns and masses."""
+    def place_free(self, cost: Cost) -> tuple[Tensor, Tensor, Tensor]:
+        """A coupling of the free mass with what is unsold: rows, columns and masses, `(k,)` each. Nothing is sold."""
         ...
 
     def release(self, which: Tensor, price: Tensor) -> None:
-        """Takes back the entries of `placed` where `which`, `(k,)`, is true."""
+        """Takes back the entries of `placed` where `which`, `(k,)`, is true: their rows are free again."""
         ...
 
 
 class AssignmentLedger:
-    """Of `n` rows and columns that hold the same mass each, every column belongs to one row."""
+    """`n` rows and `n` columns that all hold the same mass: a column belongs to one row, or to none."""
 
     def __init__(self, n: int, device: torch.device) -> None:
         self.n = n
@@ -61,7 +61,7 @@ class AssignmentLedger:
     def sell(self, rows: Tensor, columns: Tensor, offers: Tensor, price: Tensor) -> None:
         top = torch.full_like(price, -torch.inf).scatter_reduce_(0, columns, offers, "amax")
         wins = torch.nonzero(offers == top[columns]).squeeze(1)
-        # Of equal offers the first gets the column: one winner a column, and no dependence on timing.
+        # The first of equal offers gets the column: each column has one winner, which does not depend on timing.
         winner = torch.full_like(self.owner, len(rows)).scatter_reduce_(0, columns[wins], wins, "amin")
         sold = torch.nonzero(winner < len(rows)).squeeze(1)
         winner = winner[sold]
@@ -76,9 +76,9 @@ class AssignmentLedger:
         columns = torch.nonzero(self.owner >= 0).squeeze(1)
         return self.owner[columns], columns, self._mass(columns)
 
-    def rest(self, cost: Cost) -> tuple[Tensor, Tensor, Tensor]:
+    def place_free(self, cost: Cost) -> tuple[Tensor, Tensor, Tensor]:
         unsold = torch.nonzero(self.owner < 0).squeeze(1)
-        if len(unsold) ** 2 > _EXACT_REST:
+        if len(unsold) ** 2 > _EXACT_ENTRIES:
             return self._free, unsold, self._mass(unsold)
         rows, columns = linear_sum_assignment(_block(cost, self._free, unsold).cpu().numpy())
         rows, columns = (torch.as_tensor(index, device=unsold.device) for index in (rows, columns))
@@ -93,19 +93,60 @@ class AssignmentLedger:
         return torch.full(columns.shape, 1 / self.n, dtype=torch.float64, device=columns.device)
 
 
+class Lots(NamedTuple):
+    """Lots of mass, `(k,)` each: each is part of one column, and belongs to one row at one price."""
+
+    row: Tensor
+    """The row that holds the lot; -1 for a lot that is unsold."""
+    column: Tensor
+    mass: Tensor
+    """In whole units, int64."""
+    price: Tensor
+
+    def at(self, index: Tensor) -> Lots:
+        """The lots at the places `index`, or those where a mask is true."""
+        return Lots(self.row[index], self.column[index], self.mass[index], self.price[index])
+
+    def cheapest_first(self, on_sale: Tensor) -> Lots:
+        """The lots where `on_sale`, `(k,)`, is true, sorted by column; the cheapest of a column comes first."""
+        order = torch.nonzero(on_sale).squeeze(1)
+        order = order[self.price[order].argsort(stable=True)]
+        return self.at(order[self.column[order].argsort(stable=True)])
+
+
+class Bids(NamedTuple):
+    """Bids, `(k,)` each: a row offers a price for mass of a column, and wants as much as it has to place."""
+
+    row: Tensor
+    column: Tensor
+    offer: Tensor
+    wanted: Tensor
+    """In whole units, int64."""
+
+    def highest_first(self) -> Bids:
+        """The bids, sorted by column; the highest offer for a column comes first."""
+        order = self.offer.argsort(descending=True, stable=True)
+        order = order[self.column[order].argsort(stable=True)]
+        return Bids(*(values[order] for values in self))
+
+
 class TransportLedger:
     """Rows and columns of any masses: a column is sold in lots, each to one row at one price.
 
     Bertsekas, Castañon, *The auction algorithm for the transportation problem*, Annals of Operations Research 20, 1989.
+
+    Args:
+        a, b: `(n,)` and `(m,)` float64 masses of rows and columns; each sums to one.
+        dtype: of the prices.
     """
 
     def __init__(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
         self.supply = _in_units(a)
         mass = _in_units(b)
-        held = torch.nonzero(mass).squeeze(1)
-        # Lots, `(k,)` each. Row -1 holds what is unsold.
-        self.row, self.col, self.mass = torch.full_like(held, -1), held, mass[held]
-        self.price = torch.zeros(len(held), dtype=dtype, device=held.device)
+        columns = torch.nonzero(mass).squeeze(1)
+        unsold = torch.full_like(columns, -1)
+        price = torch.zeros(len(columns), dtype=dtype, device=columns.device)
+        self.lots = Lots(unsold, columns, mass[columns], price)
 
     def free(self) -> Tensor:
         return torch.nonzero(self.supply).squeeze(1)
@@ -114,61 +155,70 @@ class TransportLedger:
         return int(self.supply.sum()) / _UNITS
 
     def sell(self, rows: Tensor, columns: Tensor, offers: Tensor, price: Tensor) -> None:
-        wanted = torch.zeros_like(price, dtype=torch.bool)
-        wanted[columns] = True
-        on_sale = wanted[self.col]
-        # The lots of each wanted column, cheapest first, laid end to end on one line of mass.
-        lots = torch.nonzero(on_sale).squeeze(1)
-        lots = lots[self.price[lots].argsort(stable=True)]
-        lots = lots[self.col[lots].argsort(stable=True)]
-        lot_end = self.mass[lots].cumsum(0)
-        column_end = torch.zeros_like(price, dtype=torch.long).scatter_reduce_(0, self.col[lots], lot_end, "amax")
-        column_mass = torch.zeros_like(column_end).index_add_(0, self.col[lots], self.mass[lots])
-        # And the bidders for each column on the same line, the highest offer first.
-        order = offers.argsort(descending=True, stable=True)
-        order = order[columns[order].argsort(stable=True)]
-        rows, columns, offers = rows[order], columns[order], offers[order]
-        wish = self.supply[rows].cumsum(0)
-        before = wish - self.supply[rows]
-        first = torch.ones_like(columns, dtype=torch.bool)
-        first[1:] = columns[1:] != columns[:-1]
-        base = torch.zeros_like(column_end).index_put_((columns[first],), before[first])
-        shift = column_end[columns] - column_mass[columns] - base[columns]
-        start = torch.minimum(before + shift, column_end[columns])
-        end = torch.minimum(wish + shift, column_end[columns])
-        # Every stretch of the line lies in one lot and in front of at most one bidder.
-        cuts = torch.cat([lot_end, start, end]).unique()
-        left = torch.cat([cuts.new_zeros(1), cuts[:-1]])
-        stretch = cuts - left
-        left, stretch = left[stretch > 0], stretch[stretch > 0]
-        lot = torch.searchsorted(lot_end, left, right=True)
-        bidder = torch.searchsorted(end, left, right=True).clamp_(max=len(end) - 1)
-        lot = lots[lot]
-        sold = (start[bidder] <= left) & (left < end[bidder]) & (self.price[lot] < offers[bidder])
-        self.supply.index_add_(0, rows[bidder[sold]], -stretch[sold])
-        evicted = sold & (self.row[lot] >= 0)
-        self.supply.index_add_(0, self.row[lot[evicted]], stretch[evicted])
-        # A bidder's stretches are neighbours, as the cheapest mass goes to the highest offer: they make one lot.
-        holder, index = torch.where(sold, bidder, lot + len(rows)).unique_consecutive(return_inverse=True)
-        mass = torch.zeros_like(holder).index_add_(0, index, stretch)
-        bought = holder < len(rows)
-        buyer, seller = torch.where(bought, holder, 0), torch.where(bought, 0, holder - len(rows))
-        keep = ~on_sale
-        self.row = torch.cat([self.row[keep], torch.where(bought, rows[buyer], self.row[seller])])
-        self.col = torch.cat([self.col[keep], torch.where(bought, columns[buyer], self.col[seller])])
-        self.mass = torch.cat([self.mass[keep], mass])
-        self.price = torch.cat([self.price[keep], torch.where(bought, offers[buyer], self.price[seller])])
-        least = torch.full_like(price, torch.inf).scatter_reduce_(0, self.col, self.price, "amin")
-        price[wanted] = least[wanted]
+        """Row `rows[i]` offers `offers[i]` for `columns[i]`: the highest offers take the cheapest lots.
+
+        The lots of a column lie end to end on a line, the cheapest first. The bidders for that column lie end to end on
+        the same line, the highest offer first, each as long as the mass that it has to place. A bidder buys the mass
+        that lies in front of it, if that costs less than its offer. A row that loses mass in this way is free again.
+
+        Three rows of masses 1/2, 1/4, 1/4 bid for column 0, which holds 1/2 and is not sold yet. Row 1 offers most,
+        then row 2, and nothing is left for row 0:
+
+            column 0:  |--- unsold, at 0 ---------------|
+            bidders:   |--- row 1, 0.3 -|- row 2, 0.2 --|------- row 0, 0.1 -------|
+
+        >>> mass = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
+        >>> ledger, price = TransportLedger(mass, mass, torch.float64), torch.zeros(3, dtype=torch.float64)
+        >>> offers = torch.tensor([0.1, 0.3, 0.2], dtype=torch.float64)
+        >>> ledger.sell(torch.tensor([0, 1, 2]), torch.tensor([0, 0, 0]), offers, price)
+        >>> def show():
+        ...     for row, column, mass in zip(*ledger.placed()):
+        ...         print(f"row {row} holds {mass} of column {column}")
+        ...     print("free:", ledger.free().tolist(), "prices:", price.tolist())
+        >>> show()
+        row 1 holds 0.25 of column 0
+        row 2 holds 0.25 of column 0
+        free: [0] prices: [0.2, 0.0, 0.0]
+
+        Then row 0 offers 0.25. That is more than row 2 has paid, and less than row 1 has paid:
+
+            column 0:  |- row 2, at 0.2 |- row 1, at 0.3|
+            bidders:   |--------- row 0, 0.25 ----------|
+
+        >>> ledger.sell(torch.tensor([0]), torch.tensor([0]), torch.tensor([0.25], dtype=torch.float64), price)
+        >>> show()
+        row 0 holds 0.25 of column 0
+        row 1 holds 0.25 of column 0
+        free: [0, 2] prices: [0.25, 0.0, 0.0]
+        """
+        has_bids = torch.zeros_like(price, dtype=torch.bool)
+        has_bids[columns] = True
+        on_sale = has_bids[self.lots.column]
+        lots = self.lots.cheapest_first(on_sale)
+        bids = Bids(rows, columns, offers, self.supply[rows]).highest_first()
+        lot_end = lots.mass.cumsum(0)
+        stretches = _stretches(lot_end, *_places_of_bids(lots, lot_end, bids, len(price)))
+        sold = stretches.in_front & (lots.price[stretches.lot] < bids.offer[stretches.bid])
+        self._pay(lots, bids, stretches, sold)
+        unchanged, changed = self.lots.at(~on_sale), _lots_after(lots, bids, stretches, sold)
+        self.lots = Lots(*(torch.cat(parts) for parts in zip(unchanged, changed, strict=True)))
+        least = torch.full_like(price, torch.inf).scatter_reduce_(0, self.lots.column, self.lots.price, "amin")
+        price[has_bids] = least[has_bids]
+
+    def _pay(self, lots: Lots, bids: Bids, stretches: _Stretches, sold: Tensor) -> None:
+        """Takes the sold mass from what the buyers have to place, and gives it to the rows that held it before."""
+        self.supply.index_add_(0, bids.row[stretches.bid[sold]], -stretches.length[sold])
+        evicted = sold & (lots.row[stretches.lot] >= 0)
+        self.supply.index_add_(0, lots.row[stretches.lot[evicted]], stretches.length[evicted])
 
     def placed(self) -> tuple[Tensor, Tensor, Tensor]:
-        sold = self.row >= 0
-        return self.row[sold], self.col[sold], self.mass[sold].double() / _UNITS
+        sold = self.lots.at(self.lots.row >= 0)
+        return sold.row, sold.column, sold.mass.double() / _UNITS
 
-    def rest(self, cost: Cost) -> tuple[Tensor, Tensor, Tensor]:
-        rows, lots = self.free(), torch.nonzero(self.row < 0).squeeze(1)
-        columns, supply, demand = self.col[lots], self.supply[rows], self.mass[lots]
-        if len(rows) * len(lots) > _EXACT_REST or not len(rows):
+    def place_free(self, cost: Cost) -> tuple[Tensor, Tensor, Tensor]:
+        rows, unsold = self.free(), self.lots.at(self.lots.row < 0)
+        columns, supply, demand = unsold.column, self.supply[rows], unsold.mass
+        if len(rows) * len(columns) > _EXACT_ENTRIES or not len(rows):
             return _end_to_end(rows, columns, supply, demand)
         # Not at the top: POT looks for JAX, TensorFlow and CuPy when it is imported, and most plans do without.
         import ot as pot
@@ -188,14 +238,80 @@ class TransportLedger:
         return rows[i], columns[j], plan[i, j] * (total / _UNITS)
 
     def release(self, which: Tensor, price: Tensor) -> None:
-        lots = torch.nonzero(self.row >= 0).squeeze(1)[which]
-        self.supply.index_add_(0, self.row[lots], self.mass[lots])
-        self.row[lots] = -1
-        self.price[lots] = price[self.col[lots]]
+        places = torch.nonzero(self.lots.row >= 0).squeeze(1)[which]
+        released = self.lots.at(places)
+        self.supply.index_add_(0, released.row, released.mass)
+        self.lots.row[places] = -1
+        self.lots.price[places] = price[released.column]
+
+
+def _places_of_bids(lots: Lots, lot_end: Tensor, bids: Bids, columns: int) -> tuple[Tensor, Tensor]:
+    """Where each bid starts and ends on the line of lots, `(k,)` each.
+
+    A bid starts where the one before it in its column ends; the first starts where the column's lots start. What lies
+    beyond the column's lots is cut off.
+
+    Args:
+        lots, bids: sorted by column.
+        lot_end: where each lot ends on the line.
+        columns: number of columns.
+    """
+    column_end = lot_end.new_zeros(columns).scatter_reduce_(0, lots.column, lot_end, "amax")
+    column_mass = torch.zeros_like(column_end).index_add_(0, lots.column, lots.mass)
+    # First end to end as if there were no columns, and then each column's bids moved to the column's start.
+    end = bids.wanted.cumsum(0)
+    start = end - bids.wanted
+    first = torch.ones_like(bids.column, dtype=torch.bool)
+    first[1:] = bids.column[1:] != bids.column[:-1]
+    first_start = torch.zeros_like(column_end).index_put_((bids.column[first],), start[first])
+    limit = column_end[bids.column]
+    shift = limit - column_mass[bids.column] - first_start[bids.column]
+    return torch.minimum(start + shift, limit), torch.minimum(end + shift, limit)
+
+
+class _Stretches(NamedTuple):
+    """The line of lots, cut wherever a lot or a bid starts or ends; `(k,)` each, from left to right."""
+
+    length: Tensor
+    """In whole units, above zero."""
+    lot: Tensor
+    """The lot that the stretch is part of."""
+    bid: Tensor
+    """The bid that lies in front of the stretch."""
+    in_front: Tensor
+    """Whether any bid does; where not, `bid` means nothing."""
+
+
+def _stretches(lot_end: Tensor, start: Tensor, end: Tensor) -> _Stretches:
+    """The line, cut where lots end, at `lot_end`, and where bids do, at `start` and `end`."""
+    cuts = torch.cat([lot_end, start, end]).unique()
+    left = torch.cat([cuts.new_zeros(1), cuts[:-1]])
+    length = cuts - left
+    left, length = left[length > 0], length[length > 0]
+    lot = torch.searchsorted(lot_end, left, right=True)
+    bid = torch.searchsorted(end, left, right=True).clamp_(max=len(end) - 1)
+    return _Stretches(length, lot, bid, (start[bid] <= left) & (left < end[bid]))
+
+
+def _lots_after(lots: Lots, bids: Bids, stretches: _Stretches, sold: Tensor) -> Lots:
+    """What the `lots` on sale are after the sale of the stretches where `sold`, `(k,)`, is true."""
+    # A bidder's stretches are neighbours, as the cheapest mass goes to the highest offer: they make one lot.
+    holder, index = torch.where(sold, stretches.bid, stretches.lot + len(bids.row)).unique_consecutive(
+        return_inverse=True
+    )
+    mass = torch.zeros_like(holder).index_add_(0, index, stretches.length)
+    bought = holder < len(bids.row)
+    bid, lot = torch.where(bought, holder, 0), torch.where(bought, 0, holder - len(bids.row))
+    return Lots(
+        torch.where(bought, bids.row[bid], lots.row[lot]),
+        torch.where(bought, bids.column[bid], lots.column[lot]),
+        mass,
+        torch.where(bought, bids.offer[bid], lots.price[lot]),
+    )
 
 
 def _block(cost: Cost, rows: Tensor, columns: Tensor) -> Tensor:
-    """`C[rows][:, columns]`, with no more of the cost at a time than a tile."""
+    """`C[rows][:, columns]`, which asks for no more than a tile of the cost at a time."""
     return torch.cat([cost.rows(part)[:, columns] for part in rows.split(rows_per_tile(cost))])
 
 
@@ -207,7 +323,8 @@ def _in_units(mass: Tensor) -> Tensor:
 
 
 def _end_to_end(rows: Tensor, columns: Tensor, supply: Tensor, demand: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A coupling of equal sums of units without regard to cost: both laid on one line, and read off."""
+    """A coupling that ignores the cost: supply and demand lie end to end on two lines, and what is at one place is
+    coupled. Both have the same sum of units."""
     row_end, column_end = supply.cumsum(0), demand.cumsum(0)
     cuts = torch.cat([row_end, column_end]).unique()
     left = torch.cat([cuts.new_zeros(min(1, len(cuts))), cuts[:-1]])

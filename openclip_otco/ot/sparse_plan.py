@@ -1,4 +1,4 @@
-"""A transport plan with few entries: the result of the combinatorial and of the exact solver."""
+"""A transport plan with few entries, which the combinatorial and the exact solver make."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class SparsePlan:
         mass: `(k,)` float64, how much; row sums are `a`, column sums are `b`.
         value: `<σ, C>`.
         f, g: `(n,)` and `(m,)` duals, feasible: `f_i + g_j <= C_ij`.
-        bound: `<a, f> + <b, g>`, which no coupling can go below.
+        bound: `<a, f> + <b, g>`; no coupling has a lower value.
         additive_error: the proven gap as a share of the cost's range, `(value - bound) / (max C - min C)`.
         shape: `(n, m)`.
-        rounds: passes of the solver over its free rows; 0 where that has no meaning.
+        rounds: of bidding; 0 for other solvers.
     """
 
     rows: Tensor
@@ -45,7 +45,7 @@ class SparsePlan:
 def feasible_duals(cost: Cost, g: Tensor) -> tuple[Tensor, Tensor]:
     """`f_i = min_j (C_ij - g_j)`, `(n,)`, and then `g_j = min_i (C_ij - f_i)`, `(m,)`, in one pass over the cost.
 
-    Two c-transforms make any `g` feasible and as great as it can be: `f_i + g_j <= C_ij`, with equality in each column.
+    The two c-transforms make feasible duals of any `g`: `f_i + g_j <= C_ij`, with equality somewhere in each column.
     """
     rows, columns = [], torch.full_like(g, torch.inf)
     for _, costs, work in workspaces(cost):
@@ -66,11 +66,17 @@ def certified(
     spread: float,
     rounds: int = 0,
 ) -> SparsePlan:
-    """The plan together with feasible duals grown from `g`, `(m,)`, and the gap that they prove, as a share of the
-    cost's range `spread`.
+    """The plan with feasible duals, made from `g`, `(m,)`, and with the error that they prove.
 
-    The proof does not rest on the solver's own bookkeeping, and neither does it on rounding: both sides are summed in
-    float64.
+    The proof does not use the solver's bookkeeping. Both values are summed in float64, so rounding does not spoil it.
+
+    Args:
+        cost: `(n, m)`.
+        a, b: `(n,)` and `(m,)` float64 marginals.
+        rows, cols, mass: `(k,)`, the plan's entries.
+        g: `(m,)`, duals that need not be feasible.
+        spread: the cost's range; 0 for a constant cost.
+        rounds: of bidding.
     """
     f, g = feasible_duals(cost, g.to(cost.dtype))
     value = float(mass @ cost.entries(rows, cols).double())

@@ -1,1 +1,1 @@
-"""`compare`: runs of OpenCLIP training script side by side."""
+"""Studies: `compare` trains with several losses and seeds, and `results` makes pages of what came out."""

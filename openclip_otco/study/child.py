@@ -1,4 +1,4 @@
-"""Child processes: their output line by line, and an end to all that they started."""
+"""Child processes: their output is read line by line, and they are stopped with all that they started."""
 
 import asyncio
 import codecs
@@ -15,15 +15,25 @@ _SECONDS_TO_STOP = 10
 
 @dataclass(frozen=True)
 class Launcher:
-    """Starts children with `environment` beside this process's own, and leaves the descriptors `keep` open in them."""
+    """Starts child processes.
+
+    Args:
+        environment: variables of the children, added to those of this process.
+        keep: file descriptors that stay open in the children.
+    """
 
     environment: Mapping[str, str] = field(default_factory=dict)
     keep: tuple[int, ...] = ()
 
     async def run(self, command: Sequence[str], output: Path, watch: Callable[[str], None]) -> int:
-        """Run `command`, with each line of its output handed to `watch` and kept in the file `output`; its exit code.
+        """Run `command` to its end, and return its exit code.
 
-        A cancellation, or an exception out of `watch`, stops the child with all that it started, and goes on up.
+        A cancellation or an exception of `watch` stops the child with all that it started, and is raised again.
+
+        Args:
+            command: the program and its arguments.
+            output: file that keeps the output.
+            watch: is called with each line of the output.
         """
         child = await asyncio.create_subprocess_exec(
             *command,
@@ -48,7 +58,7 @@ class Launcher:
 
 
 async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
-    """Lines of any length, ended by a line feed or, as progress bars do it, by a carriage return."""
+    """Lines of any length. A line ends with a line feed or, as in progress bars, with a carriage return."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(errors="replace"), translate=True)
     rest = ""
     while chunk := await stream.read(2**16):
@@ -63,10 +73,10 @@ async def _stop(child: asyncio.subprocess.Process) -> None:
     try:
         _signal(child, signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
-            # And not wait(): with output that nobody reads, that may never come back.
+            # Not wait(), which never returns while a full pipe of unread output blocks the child.
             await asyncio.wait_for(child.communicate(), _SECONDS_TO_STOP)
     finally:
-        # To what did not listen, and to what the child itself left behind.
+        # For processes that ignored SIGTERM, and for those that the child left behind.
         _signal(child, signal.SIGKILL)
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(child.communicate(), _SECONDS_TO_STOP)

@@ -1,9 +1,7 @@
-"""`openclip-otco compare`: runs the cross of a study, and writes its results, table and pictures."""
+"""`openclip-otco compare`: does all runs of a study, and writes its results, table and pictures."""
 
 import argparse
-import asyncio
 import contextlib
-import os
 import shlex
 import signal
 import subprocess
@@ -16,12 +14,12 @@ from typing import Any
 from openclip_otco.errors import UserError
 from openclip_otco.runs.arguments import positive
 from openclip_otco.study import look, results, shards
-from openclip_otco.study.child import Launcher
+from openclip_otco.study.jobs import run_all
 from openclip_otco.study.lock import locked
-from openclip_otco.study.progress import Progress
 from openclip_otco.study.results import Result
-from openclip_otco.study.run import OPEN_CLIP, Run, RunFailed, run_name, runs
-from openclip_otco.study.study import Study, load, shipped_studies
+from openclip_otco.study.run import OPEN_CLIP, Run, run_name, runs
+from openclip_otco.study.study import Study
+from openclip_otco.study.study_file import load, shipped_studies
 
 OK, FAILED, STOPPED = 0, 1, 130
 
@@ -60,7 +58,7 @@ def run(args: argparse.Namespace, trainer: Sequence[str] = OPEN_CLIP) -> int:
             print("\n".join(commands(study, out, trainer)))
             return OK
         if args.table_only:
-            report(study, out, _of_study(study, out / "results.jsonl"))
+            report(study, out, _results_of_study(study, out / "results.jsonl"))
             return OK
         if study.needs_patch and trainer == OPEN_CLIP:
             check_patched(study)
@@ -93,11 +91,20 @@ def check_patched(study: Study) -> None:
 
 
 def compare(study: Study, out: Path, trainer: Sequence[str] = OPEN_CLIP, jobs: int = 1) -> int:
-    """Run what is not finished of `study` in the folder `out`, `jobs` at once, then report; 1 if a run failed, else 0.
+    """Run what is not finished of `study`, `jobs` runs at once, then report.
+
+    Args:
+        study: the study; its finished runs are kept as they are.
+        out: folder of its data, runs and results.
+        trainer: what Python runs as the training script.
+        jobs: how many runs at once.
+
+    Returns:
+        1 if a run failed, else 0.
 
     Raises:
         UserError: scenes cannot be made, or another process is at work in the folder.
-        KeyboardInterrupt: a signal stopped it; all that it had started is stopped as well.
+        KeyboardInterrupt: a signal stopped it. All processes that it started are stopped as well.
     """
     out.mkdir(parents=True, exist_ok=True)
     with locked(out) as lock:
@@ -109,9 +116,15 @@ def compare(study: Study, out: Path, trainer: Sequence[str] = OPEN_CLIP, jobs: i
         if kept:
             results.write(out / "results.jsonl", kept.values())
             print(f"{len(kept)} of {len(cross)} runs are finished and kept", file=sys.stderr)
-            if older := _of_other_versions(kept.values()):
-                print(older, file=sys.stderr)
-        failed = _run_all(to_do, cross, kept, out, trainer, jobs, lock)
+            if warning := _warning_of_other_versions(kept.values()):
+                print(warning, file=sys.stderr)
+
+        def keep(finished: Run, result: Result) -> None:
+            kept[finished.name] = result
+            # In the study's order, whatever the order in which the runs end.
+            results.write(out / "results.jsonl", [kept[each.name] for each in cross if each.name in kept])
+
+        failed = run_all(to_do, keep, trainer, jobs, lock)
         if kept:
             report(study, out, list(kept.values()))
     if failed:
@@ -120,7 +133,7 @@ def compare(study: Study, out: Path, trainer: Sequence[str] = OPEN_CLIP, jobs: i
 
 
 def report(study: Study, out: Path, found: Sequence[Result]) -> None:
-    """Write table and pictures of `found` into `out`, and print the table and where they are.
+    """Write the table and the pictures of the results `found` into `out`; print the table, and where they are.
 
     Raises:
         UserError: there are no results.
@@ -141,70 +154,13 @@ def report(study: Study, out: Path, found: Sequence[Result]) -> None:
 
 
 def commands(study: Study, out: Path, trainer: Sequence[str] = OPEN_CLIP) -> list[str]:
-    """The command lines that `study` would run, finished or not: those that make scenes first."""
+    """All command lines of `study`, also those of finished runs; those that make scenes come first."""
     scenes = [shards.scenes_command(data, out / "data" / data.name) for data in study.data if data.scenes is not None]
     return [shlex.join(command) for command in (*scenes, *(each.command(trainer) for each in runs(study, out)))]
 
 
-def _run_all(
-    to_do: Sequence[Run],
-    cross: Sequence[Run],
-    kept: dict[str, Result],
-    out: Path,
-    trainer: Sequence[str],
-    jobs: int,
-    lock: int,
-) -> list[str]:
-    """Run `to_do`, adding to `kept` and to the file of results after each; the names of the runs that failed."""
-    if not to_do:
-        return []
-    failed: list[str] = []
-    # Descendants hold the lock too, so that a training which outlives a killed command keeps its folder.
-    launcher = Launcher(_threads(jobs), keep=(lock,))
-    turns = asyncio.Semaphore(jobs)
-
-    async def one(each: Run) -> None:
-        async with turns:
-            progress.start(each)
-            try:
-                result = await each.execute(lambda line: progress.watch(each, line), trainer, launcher)
-            except RunFailed as error:
-                failed.append(each.name)
-                tail = "\n".join(f"  {line}" for line in error.tail)
-                progress.end(each, f"{each.name} failed: {error}; its output ends with\n{tail}")
-                return
-        kept[each.name] = result
-        # The order of the study, whatever the order in which runs got finished.
-        results.write(out / "results.jsonl", [kept[each.name] for each in cross if each.name in kept])
-        progress.end(each, f"{each.name}: rsum {result.rsum_last:.1f}, best {result.rsum_best:.1f}")
-
-    async def all_of_them() -> None:
-        with _cancelled_by_signals():
-            # A group, and not gather(): it ends when the last run is stopped, and not the first.
-            async with asyncio.TaskGroup() as group:
-                for each in to_do:
-                    group.create_task(one(each))
-
-    with contextlib.closing(Progress(to_do)) as progress:
-        try:
-            asyncio.run(all_of_them())
-        except asyncio.CancelledError:
-            raise KeyboardInterrupt from None
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-    return failed
-
-
-def _threads(jobs: int) -> dict[str, str]:
-    """The cores shared out among `jobs` runs, which would otherwise take all of them each."""
-    if jobs == 1 or "OMP_NUM_THREADS" in os.environ:
-        return {}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
-
-
-def _of_other_versions(kept: Iterable[Result]) -> str | None:
-    """A line that names the runs made by other versions than those of now; None without any."""
+def _warning_of_other_versions(kept: Iterable[Result]) -> str | None:
+    """A line that names the runs that other versions than the present ones have made; None without such runs."""
     now = results.versions()
     other = {result.run: changed for result in kept if (changed := result.versions.items() - now.items())}
     if not other:
@@ -214,9 +170,15 @@ def _of_other_versions(kept: Iterable[Result]) -> str | None:
     return f"warning: {len(other)} of the kept runs were made with {which}: {', '.join(other)}"
 
 
-def _of_study(study: Study, path: Path) -> list[Result]:
-    """The results in `path` of the runs of `study`, each once: a line that stands there twice is no further seed."""
-    names = {run_name(d.name, loss.name, seed) for d in study.data for loss in study.losses for seed in study.seeds}
+def _results_of_study(study: Study, path: Path) -> list[Result]:
+    """The results in `path` of the runs of `study`, each once: a line that stands there twice is one result.
+
+    Raises:
+        UserError: two different lines are of one run.
+    """
+    names = {
+        run_name(data.name, loss.name, seed) for data in study.data for loss in study.losses for seed in study.seeds
+    }
     found: dict[str, Result] = {}
     for result in results.read(path):
         if result.run in names and found.setdefault(result.run, result) != result:
@@ -225,14 +187,14 @@ def _of_study(study: Study, path: Path) -> list[Result]:
 
 
 def _portable(source: str) -> str:
-    """`source` as it may be printed: no folders of this machine."""
+    """`source` without folders of this machine."""
     path = Path(source)
     return path.name if path.is_absolute() else path.as_posix()
 
 
 @contextlib.contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """Let SIGTERM stop the command as Ctrl-C does, and SIGINT too where a shell had it ignored."""
+    """Let SIGTERM stop the command as Ctrl-C does, and SIGINT too, even where a shell had let it be ignored."""
 
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -245,23 +207,4 @@ def _stopped_by_signals() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _cancelled_by_signals() -> Iterator[None]:
-    """Let the signals of `_stopped_by_signals` cancel the present task: in the midst of a loop they must not raise."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        loop.add_signal_handler(number, task.cancel)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            loop.remove_signal_handler(number)
             signal.signal(number, handler)

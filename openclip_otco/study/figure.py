@@ -9,18 +9,18 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from openclip_otco.study.mismatch import mismatch
-from openclip_otco.study.results import Result, standard
+from openclip_otco.study.results import Result, have_standard_retrieval
 from openclip_otco.study.study import Study
 from openclip_otco.study.style import COLOURS, DASHES, line_style, pyplot
-from openclip_otco.study.table import cell, final_recalls, final_rsum, interval
+from openclip_otco.study.table import cell, final_recalls, interval
 
-# More of them than this have their legend beside the panels.
+# With more losses than this the legend stands beside the panels.
 _LOSSES_IN_A_PANEL = 6
 _IN_TRAINING = "validation rsum (sum of six recalls, %)"
 
 
 def draw(study: Study, results: Sequence[Result], folder: Path) -> list[Path]:
-    """Write those pictures into `folder` that `results` have the numbers for, and return their paths.
+    """Draw the pictures that `results` have numbers for into `folder`, and return their paths.
 
     `rsum`: validation rsum over epochs. `recalls`: the six recalls after the last epoch. `noise`: rsum over the share
     of mismatched captions, where settings differ in it. `cost`: rsum over the seconds per step, where two losses or
@@ -39,7 +39,7 @@ def draw(study: Study, results: Sequence[Result], folder: Path) -> list[Path]:
             for ending in ("png", "svg"):
                 path = folder / f"{name}.{ending}"
                 if figure is None:
-                    path.unlink(missing_ok=True)  # of an earlier state of the study
+                    path.unlink(missing_ok=True)  # it may be left from an earlier state of the study
                     continue
                 figure.savefig(path, dpi=150, metadata={"Date": None} if ending == "svg" else None)
                 paths.append(path)
@@ -65,7 +65,7 @@ def _learning_curves(study: Study, results: Sequence[Result]) -> Any:
 
 
 def _curve(axis: Any, runs: Sequence[Result], index: int, label: str) -> None:
-    """The mean of `runs`, in a band that is its interval, over the epochs that all of them have."""
+    """Draws the mean of `runs` and a band for its interval, over the epochs that all runs have."""
     if not runs:
         return
     curves = [dict(zip(*run.curve(), strict=True)) for run in runs]
@@ -81,7 +81,7 @@ def _curve(axis: Any, runs: Sequence[Result], index: int, label: str) -> None:
 
 
 def _recalls(study: Study, results: Sequence[Result]) -> Any:
-    whole = standard(results)
+    recalls = final_recalls(results)
     figure, axes = _panels(study, width=5.5)
     heads = [f"{way}\nR@{k}" for way in ("I→T", "T→I") for k in (1, 5, 10)]
     width = 0.8 / len(study.losses)
@@ -90,7 +90,7 @@ def _recalls(study: Study, results: Sequence[Result]) -> Any:
             runs = cell(results, data.name, loss.name)
             if not runs:
                 continue
-            spreads = [interval(values) for values in zip(*(final_recalls(run, whole) for run in runs), strict=True)]
+            spreads = [interval(values) for values in zip(*map(recalls, runs), strict=True)]
             places = [group + (index - (len(study.losses) - 1) / 2) * width for group in range(len(heads))]
             axis.bar(
                 places,
@@ -110,7 +110,7 @@ def _recalls(study: Study, results: Sequence[Result]) -> Any:
         axis.set_axisbelow(True)
     _legend(figure, axes, study)
     figure.supylabel("recall, %", fontsize="medium")
-    captions = "all captions" if whole else "one caption an image"
+    captions = "all captions" if have_standard_retrieval(results) else "one caption an image"
     figure.suptitle(f"Retrieval after the last epoch, {captions}: study {study.name}, {_seeds(study)}")
     return figure
 
@@ -125,8 +125,8 @@ def _noise(study: Study, results: Sequence[Result]) -> Any:
         cells = [(100 * share, cell(results, name, loss.name)) for name, share in shares.items()]
         cells = sorted(((share, runs) for share, runs in cells if runs), key=lambda each: each[0])
         style = line_style(index)
-        for dash, of in (("-", "rsum_last"), ("--", "rsum_best")):
-            spreads = [interval([getattr(run, of) for run in runs]) for _, runs in cells]
+        for dash, rsum in (("-", "rsum_last"), ("--", "rsum_best")):
+            spreads = [interval([getattr(run, rsum) for run in runs]) for _, runs in cells]
             axis.errorbar(
                 [share for share, _ in cells],
                 [mean for mean, _ in spreads],
@@ -138,8 +138,8 @@ def _noise(study: Study, results: Sequence[Result]) -> Any:
             )
     handles = [Line2D([], [], label=loss.name, **line_style(index)) for index, loss in enumerate(study.losses)]
     kinds = [
-        Line2D([], [], color="grey", linestyle=dash, label=of)
-        for dash, of in (("-", "last epoch"), ("--", "best epoch"))
+        Line2D([], [], color="grey", linestyle=dash, label=epoch)
+        for dash, epoch in (("-", "last epoch"), ("--", "best epoch"))
     ]
     axis.legend(handles=[*handles, *kinds])
     axis.set_xlabel("training captions of another image, %")
@@ -155,20 +155,20 @@ def _cost(study: Study, results: Sequence[Result]) -> Any:
     timed = [result for result in results if result.seconds_per_step is not None]
     if len({result.loss for result in timed}) < 2:
         return None
-    whole = standard(timed)
+    recalls = final_recalls(timed)
     figure, axes = _panels(study)
     for axis, data in zip(axes, study.data, strict=True):
         for index, loss in enumerate(study.losses):
             runs = cell(timed, data.name, loss.name)
             if not runs:
                 continue
-            seconds, beside = interval([run.seconds_per_step for run in runs if run.seconds_per_step is not None])
-            quality, above = interval([final_rsum(run, whole) for run in runs])
+            seconds, seconds_half = interval([run.seconds_per_step for run in runs if run.seconds_per_step is not None])
+            rsum, rsum_half = interval([sum(recalls(run)) for run in runs])
             axis.errorbar(
                 seconds,
-                quality,
-                above,
-                beside,
+                rsum,
+                rsum_half,
+                seconds_half,
                 linestyle="none",
                 capsize=3,
                 label=loss.name,
@@ -180,13 +180,13 @@ def _cost(study: Study, results: Sequence[Result]) -> Any:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     _legend(figure, axes, study)
-    figure.supylabel("rsum, all captions" if whole else _IN_TRAINING, fontsize="medium")
+    figure.supylabel("rsum, all captions" if have_standard_retrieval(timed) else _IN_TRAINING, fontsize="medium")
     figure.suptitle(f"Cost and quality after the last epoch: study {study.name}, {_seeds(study)}")
     return figure
 
 
 def _panels(study: Study, panels: int | None = None, width: float = 4.5) -> tuple[Any, Any]:
-    """A figure with a panel per data setting, or `panels`; more than three stand two in a row, to be read on a page."""
+    """A figure with `panels` panels, or one for each data setting. More than three panels stand two in a row."""
     panels = panels or len(study.data)
     columns = panels if panels <= 3 else 2
     rows = math.ceil(panels / columns)
@@ -199,7 +199,7 @@ def _panels(study: Study, panels: int | None = None, width: float = 4.5) -> tupl
 
 
 def _legend(figure: Any, axes: Any, study: Study) -> None:
-    """In each panel; beside all of them where the losses are so many that it would hide the curves."""
+    """Adds a legend to each panel. Of many losses it would hide the curves, so one stands beside all panels."""
     if len(study.losses) <= _LOSSES_IN_A_PANEL:
         for axis in axes:
             if axis.has_data():

@@ -1,4 +1,4 @@
-"""The lock of an output folder: two commands that run a study in one folder would delete each other's runs."""
+"""The lock of an output folder: two commands at work in one folder would delete each other's runs."""
 
 import contextlib
 import fcntl
@@ -11,11 +11,11 @@ from openclip_otco.errors import UserError
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[int]:
-    """Hold the lock of `folder`, and give its descriptor, which children inherit.
+    """Hold the lock of `folder`, and yield its file descriptor, which children inherit.
 
-    The system frees the lock when the last process that holds it is gone. A command that was killed thus leaves a free
-    folder, but not before the trainings that it could not stop have ended. For that, children must get the descriptor,
-    which filelock keeps to itself.
+    The system frees the lock when the last process that holds it has ended. If a command is killed, its folder is thus
+    free as soon as the trainings that it could not stop have ended. For that, children must
+    get the descriptor, which filelock keeps to itself.
 
     Raises:
         UserError: another process holds it.

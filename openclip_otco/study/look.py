@@ -1,4 +1,4 @@
-"""What to look at after a study: the commands that show a run's data and plans on pages."""
+"""What to look at after a study: the commands that make pages of a run's data and plans."""
 
 import shlex
 import shutil
@@ -13,14 +13,14 @@ from openclip_otco.study.study import Study
 
 
 def commands(study: Study, runs: Sequence[Run], finished: Collection[str]) -> list[str]:
-    """The command lines of `audit` and `inspect` for one run with plans, to copy; none without such a run.
+    """The command lines of `audit` and `inspect` for one run with plans; none without such a run.
 
-    Of several runs, the first one on the data with the most mismatched captions: there is most to see.
+    Of several runs it is the first one on the data with the most mismatched captions, where most is to be seen.
 
     Args:
-        study: says which losses make plans, and what was done to the data.
+        study: says which losses make plans, and how many captions of the data are mismatched.
         runs: of the study.
-        finished: names of those that have results.
+        finished: names of the runs that have results.
     """
     with_plans = {loss.name for loss in study.losses if loss.loss == "otco"}
     share = {setting.name: mismatch(setting) or 0.0 for setting in study.data}
@@ -34,7 +34,7 @@ def commands(study: Study, runs: Sequence[Run], finished: Collection[str]) -> li
 
 
 def _shards(run: Run) -> str | None:
-    """The training shards of `run`, if it has some: not those of CSV files or synthetic data."""
+    """The training shards of `run`; None where it trains on CSV files or synthetic data."""
     if "--train-data" not in run.flags:
         return None
     data = shards.in_folder(run.flags[run.flags.index("--train-data") + 1], run.out)
@@ -42,7 +42,7 @@ def _shards(run: Run) -> str | None:
 
 
 def _program() -> str:
-    """What this environment's `openclip-otco` is called by: its name where that is found, else its path."""
+    """How to call this environment's `openclip-otco`: by its name where the shell finds it, else by its path."""
     here = Path(sys.executable).with_name("openclip-otco")
     found = shutil.which(here.name)
     if not here.is_file() or (found is not None and Path(found).resolve() == here.resolve()):

@@ -1,4 +1,4 @@
-"""Mismatch: the share of a data setting's training images that got another image's captions."""
+"""Mismatch: the share of a data setting's training images that have another image's captions."""
 
 import re
 
@@ -8,10 +8,10 @@ _NAME = re.compile(r"mismatch-(\d+)")
 
 
 def mismatch(setting: DataSetting) -> float | None:
-    """The share in 0 to 1: what the setting's data are given, else what its name says; None if neither tells.
+    """The share, 0 to 1, that the setting's data are made with, or that its name tells; None if neither tells.
 
-    The names that say it are `clean` and `mismatch-40` with any percentage, and no others. Captions of similar images,
-    and data without the mismatched pairs, are not of that scale: None.
+    The names that tell are `clean`, and `mismatch-40` with any percentage. For captions of similar images, and for data
+    without the mismatched pairs, it is None, as their shares do not compare with the others.
     """
     if setting.scenes is not None:
         share = setting.scenes.get("mismatch", 0.0)

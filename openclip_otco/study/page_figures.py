@@ -1,6 +1,6 @@
-"""The pictures of the page of results that take runs of several studies.
+"""The pictures on the page of results that need runs of several studies.
 
-An rsum is that of `StudyResults.rsum`; whiskers are 95 % Student-t intervals over seeds.
+An rsum is `StudyResults.rsum`; whiskers are 95 % Student-t intervals over seeds.
 """
 
 from __future__ import annotations
@@ -12,31 +12,32 @@ from openclip_otco.study.spread import Spread
 from openclip_otco.study.style import COLOURS, line_style, pyplot
 
 if TYPE_CHECKING:
-    from openclip_otco.study.page import StudyResults
+    from openclip_otco.study.study_results import StudyResults
 
 _RSUM = "rsum (sum of six recalls, %)"
 _SHARE = "training captions that belong to another image, %"
 
 
 def noise_figure(main: StudyResults, oracle: StudyResults) -> Any:
-    """Rsum over the share of wrong captions: the losses of `main`, and the baseline on the matched pairs alone.
+    """Rsum over the share of wrong captions, for the losses of `main` and for the baseline on the right pairs alone.
 
     Args:
-        main: data without wrong captions and with random ones.
-        oracle: the baseline on the same data without the mismatched images. Without mismatch it is the baseline.
+        main: has data without wrong captions, and data with random ones.
+        oracle: has the baseline on the same data without the mismatched images. Where no image is mismatched, it is the
+            baseline of `main`.
     """
     shares = {data.name: 100 * share for data in main.study.data if (share := mismatch(data)) is not None}
     baseline = main.study.losses[0].name
-    known = {
+    oracle_shares = {
         data.name: float(data.flickr8k.mismatch)
         for data in oracle.study.data
         if data.flickr8k is not None and data.flickr8k.matched_only and not data.flickr8k.near
     }
     figure, axis = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
-    of_oracle = [(share, main.rsum(name, baseline)) for name, share in shares.items() if share == 0]
-    of_oracle += [(share, oracle.rsum(name, baseline)) for name, share in known.items()]
+    oracle_points = [(share, main.rsum(name, baseline)) for name, share in shares.items() if share == 0]
+    oracle_points += [(share, oracle.rsum(name, baseline)) for name, share in oracle_shares.items()]
     label = f"oracle: {baseline} on the right pairs alone"
-    _line(axis, of_oracle, label=label, linestyle="--", **line_style(len(main.study.losses)))
+    _line(axis, oracle_points, label=label, linestyle="--", **line_style(len(main.study.losses)))
     for index, loss in enumerate(main.study.losses):
         _line(axis, [(share, main.rsum(name, loss.name)) for name, share in shares.items()], label=loss.name,
               **line_style(index))  # fmt: skip
@@ -62,41 +63,50 @@ def waterfall_figure(losses: StudyResults, parts: StudyResults, settings: tuple[
     figure, axes = pyplot.subplots(
         1, len(settings), figsize=(1.5 + 3.5 * len(settings), 4), layout="constrained", squeeze=False
     )
-    baseline, both = losses.study.losses[0].name, parts.study.losses[0].name
+    both = parts.study.losses[0].name
     heads = ("weighted\nnegatives", "then\ntrust", f"both:\n{both}", "trust\nalone")
     for axis, setting in zip(axes[0], settings, strict=True):
-        base = losses.by_seed(setting, baseline)
-        negatives, trust, all_of_it = (parts.by_seed(setting, name) for name in ("gamma-0", "negatives-none", both))
-        shared = base.keys() & negatives.keys() & trust.keys() & all_of_it.keys()
-        base = {seed: base[seed] for seed in shared}  # which leaves the others out of each difference
-        pairs = ((negatives, base), (all_of_it, negatives), (all_of_it, base), (trust, base))
-        gains = [Spread.of_difference(own, other) for own, other in pairs]
-        first = gains[0]
-        starts = (0.0, first.mean, 0.0, 0.0)
-        ends = [start + gain.mean for start, gain in zip(starts, gains, strict=True)]
-        axis.bar(
-            range(4),
-            [gain.mean for gain in gains],
-            bottom=starts,
-            yerr=[gain.half or 0 for gain in gains],
-            color=(COLOURS[4], COLOURS[5], COLOURS[1], COLOURS[5]),
-            hatch=("", "", "", "//"),
-            edgecolor="white",
-            error_kw={"elinewidth": 1, "capsize": 3},
-        )
-        # The second bar stands on the first one.
-        axis.plot([-0.4, 1.4], [ends[0]] * 2, color="grey", linewidth=0.8)
-        for place, (gain, end, start) in enumerate(zip(gains, ends, starts, strict=True)):
-            top = max(end, start) + (gain.half or 0)
-            axis.annotate(f"{gain.mean:+.1f}", (place, top), (0, 3), textcoords="offset points", ha="center")
+        _waterfall(axis, _gains(losses, parts, setting))
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_xticks(range(4), heads)
         axis.set_title(_title(parts, setting))
         axis.margins(y=0.12)
         axis.grid(alpha=0.3, axis="y")
         axis.set_axisbelow(True)
-    axes[0][0].set_ylabel(f"rsum, difference to {baseline}")
+    axes[0][0].set_ylabel(f"rsum, difference to {losses.study.losses[0].name}")
     return figure
+
+
+def _gains(losses: StudyResults, parts: StudyResults, setting: str) -> list[Spread]:
+    """The four bars of `waterfall_figure` for one setting."""
+    runs = [
+        losses.by_seed(setting, losses.study.losses[0].name),
+        *(parts.by_seed(setting, name) for name in ("gamma-0", "negatives-none", parts.study.losses[0].name)),
+    ]
+    shared = set.intersection(*map(set, runs))
+    baseline, negatives, trust, both = ({seed: rsum[seed] for seed in shared} for rsum in runs)
+    pairs = ((negatives, baseline), (both, negatives), (both, baseline), (trust, baseline))
+    return [Spread.of_difference(own, other) for own, other in pairs]
+
+
+def _waterfall(axis: Any, gains: list[Spread]) -> None:
+    """Draws the four bars; the second one stands on the first one."""
+    starts = (0.0, gains[0].mean, 0.0, 0.0)
+    ends = [start + gain.mean for start, gain in zip(starts, gains, strict=True)]
+    axis.bar(
+        range(4),
+        [gain.mean for gain in gains],
+        bottom=starts,
+        yerr=[gain.half or 0 for gain in gains],
+        color=(COLOURS[4], COLOURS[5], COLOURS[1], COLOURS[5]),
+        hatch=("", "", "", "//"),
+        edgecolor="white",
+        error_kw={"elinewidth": 1, "capsize": 3},
+    )
+    axis.plot([-0.4, 1.4], [ends[0]] * 2, color="grey", linewidth=0.8)
+    for place, (gain, end, start) in enumerate(zip(gains, ends, starts, strict=True)):
+        top = max(end, start) + (gain.half or 0)
+        axis.annotate(f"{gain.mean:+.1f}", (place, top), (0, 3), textcoords="offset points", ha="center")
 
 
 def cost_figure(losses: StudyResults, setting: str) -> Any:

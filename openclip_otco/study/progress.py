@@ -1,4 +1,4 @@
-"""Progress over all runs of a study, with the time left: a bar on a terminal, plain lines elsewhere."""
+"""The progress of a study's runs and the time left: a bar on a terminal, plain lines elsewhere."""
 
 import os
 import sys
@@ -16,33 +16,36 @@ _PLAIN = "{percentage:3.0f}% of {total_fmt} samples, {elapsed} gone, {remaining}
 
 
 class Progress:
-    """Counts training samples over `runs`, of which several may be at work at once; shows the one last heard of."""
+    """Counts the training samples of all `runs`, and shows the name of the run that wrote the last line.
+
+    Several runs may be at work at once.
+    """
 
     def __init__(self, runs: Sequence[Run], stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
-        self._samples = {run.name: _to_come(run) for run in runs}
+        self._samples = {run.name: _samples_left(run) for run in runs}
         self._done = dict.fromkeys(self._samples, 0)
-        self._guess = max((samples for samples in self._samples.values() if samples), default=1)
+        self._usual_samples = max((samples for samples in self._samples.values() if samples), default=1)
         self._running: dict[str, float | None] = {}  # the last rsum of each run at work
         self._began = time.monotonic()
         self._printed = self._began
         self._bar: tqdm | None = None
         if _is_terminal(self._stream):
-            # No smoothing: lines come in bursts, and validation between epochs is part of the time left.
+            # No smoothing, as lines come in bursts, and the time left includes validation between epochs.
             self._bar = tqdm(
                 total=1, unit="sample", unit_scale=True, smoothing=0, dynamic_ncols=True, file=self._stream
             )
 
     def start(self, run: Run) -> None:
-        """`run` is at work."""
+        """`run` starts."""
         self._running[run.name] = None
         self._show(run.name)
 
     def watch(self, run: Run, line: str) -> None:
-        """Follow a line of output of `run`."""
+        """Take in a line of output of `run`."""
         if (progress := train_log.train_line(line)) is not None:
-            # What OpenCLIP counts is exact (it drops or repeats part of a batch), and new where nothing told the size.
-            self._samples[run.name] = self._guess = progress.samples_per_epoch * run.epochs
+            # OpenCLIP's own count is exact, as it drops or repeats a part of a batch; and sometimes it is the only one.
+            self._samples[run.name] = self._usual_samples = progress.samples_per_epoch * run.epochs
             self._done[run.name] = progress.epoch * progress.samples_per_epoch + progress.samples
         elif (rsum := train_log.eval_rsum(line)) is not None:
             self._running[run.name] = rsum
@@ -51,7 +54,7 @@ class Progress:
         self._show(run.name)
 
     def end(self, run: Run, say: str) -> None:
-        """`run` has ended, finished or failed: nothing more of it is to come."""
+        """`run` has finished or failed; none of its samples are left. Prints `say`."""
         self._samples[run.name] = self._done[run.name]
         self._show(run.name)
         del self._running[run.name]
@@ -65,12 +68,12 @@ class Progress:
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Stop; the bar stays as it is."""
         if self._bar is not None:
             self._bar.close()
 
     def _show(self, name: str) -> None:
-        total = sum(self._guess if samples is None else samples for samples in self._samples.values())
+        total = sum(self._usual_samples if samples is None else samples for samples in self._samples.values())
         done = sum(self._done.values())
         rsum, others = self._running[name], len(self._running) - 1
         postfix = "" if rsum is None else f"rsum {rsum:.1f}"
@@ -91,8 +94,8 @@ class Progress:
             print(meter, file=self._stream, flush=True)
 
 
-def _to_come(run: Run) -> int | None:
-    """Training samples of `run`: none if only its evaluation is left to do, None if nothing tells."""
+def _samples_left(run: Run) -> int | None:
+    """Training samples of `run` that are left: 0 if only its evaluation is; None if their number is not known."""
     if run.trained():
         return 0
     return run.samples_per_epoch and run.samples_per_epoch * run.epochs
@@ -102,7 +105,7 @@ def _is_terminal(stream: TextIO) -> bool:
     if not stream.isatty():
         return False
     try:
-        # Containers and recorders often have a terminal of no size, on which a bar would be invisible.
+        # Containers and recorders often have a terminal of size zero, where a bar would be invisible.
         return min(os.get_terminal_size(stream.fileno())) > 0
     except OSError:
         return True

@@ -1,4 +1,4 @@
-"""A reliability diagram: how often pairs are right that were said to be right with some probability."""
+"""A reliability diagram: the probability that a pair is right as the audit says it, against how often that is so."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ def reliability_picture(path: Path, lines: Sequence[Mapping[str, Any]], draw: bo
     Args:
         path: of the list; the picture is `NAME-reliability.png` for `NAME.jsonl`.
         lines: measurements of the list, one curve each. `data` is its name, and `wrong` the share of wrong pairs. Each
-            of `bins` is `[said, right, pairs]`: mean probability and share of right pairs, both in `[0, 1]`, and number
-            of pairs.
+            of `bins` is `[said, right, pairs]`: the mean probability that the audit says and the share of right pairs,
+            both in `[0, 1]`, and the number of pairs.
         draw: draw the picture anew.
 
     Raises:
-        UserError: a line has no bins, or the picture is missing and is not to be drawn.
+        UserError: a line has no bins, or the picture is missing and `draw` is false.
     """
     picture = path.with_name(f"{path.stem}-reliability.png")
     if not lines or not all("bins" in line for line in lines):
-        raise UserError(f"{path}: a reliability diagram needs lines with bins, and there are others, or none")
+        raise UserError(f"{path}: a reliability diagram needs lines with bins, and only those")
     # Not at the top: it loads matplotlib, which a page without --figures does without.
     from openclip_otco.study import style
 

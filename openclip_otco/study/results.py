@@ -1,4 +1,4 @@
-"""Results of runs: what a finished run leaves, and the file that holds a line for each."""
+"""Results of finished runs, and the file that holds a line for each."""
 
 import json
 import platform
@@ -16,7 +16,7 @@ from openclip_otco.version import __version__
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: what was asked for, and what came out."""
+    """A finished run: its settings and its metrics."""
 
     run: str
     data: str
@@ -30,7 +30,7 @@ class Result:
     epoch_last: int  # counted from 1
     epoch_best: int
     seconds_per_step: float | None
-    seconds: float  # the whole run, start and validation included
+    seconds: float  # of the run, with its start and its validation
     device: str | None
     versions: dict[str, str]
     # Of `openclip-otco evaluate` after the last epoch, where the validation images have several captions each.
@@ -46,13 +46,16 @@ class Result:
         return [int(metrics["epoch"]) for metrics in self.epochs], [rsum(metrics) for metrics in self.epochs]
 
 
-def standard(results: Sequence[Result]) -> bool:
-    """Whether all of `results` have standard retrieval, of several captions an image; nothing is compared where not."""
+def have_standard_retrieval(results: Sequence[Result]) -> bool:
+    """Whether all of `results` have standard retrieval, of several captions an image.
+
+    If one of them has not, no results are compared by it.
+    """
     return bool(results) and all(result.retrieval for result in results)
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers."""
+    """Versions of the packages that a run's numbers depend on."""
     found = {"openclip-otco": __version__, "Python": platform.python_version()}
     for package in ("open_clip_torch", "torch", "timm", "transformers"):
         try:
@@ -68,10 +71,10 @@ def line(result: Result) -> str:
 
 
 def parse(text: str) -> Result:
-    """The result that `line` wrote.
+    """The result of a line that the function `line` has made.
 
     Raises:
-        ValueError: not such a line.
+        ValueError: the text is no such line.
     """
     try:
         return Result(**json.loads(text))

@@ -1,4 +1,4 @@
-"""One run of OpenCLIP's training script and its evaluation: commands, folder, and whether it is finished."""
+"""A run of OpenCLIP's training script and its evaluation: its commands, its folder, and whether it is finished."""
 
 import json
 import shutil
@@ -31,7 +31,10 @@ class RunFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Run:
-    """A cell of the cross; `flags` stand for the output folder as `OUT/`, so that the folder may move."""
+    """The run of one loss on one data setting with one seed.
+
+    `flags` write `OUT/` for the study's output folder, so that the folder may move.
+    """
 
     data: str
     loss: str
@@ -57,12 +60,12 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
-        """What OpenCLIP saves after the last epoch."""
+        """The file that OpenCLIP saves after the last epoch."""
         return self.folder / "checkpoints" / f"epoch_{self.epochs}.pt"
 
     @property
     def validation(self) -> str | None:
-        """The validation shards, if images have several captions in them."""
+        """The validation shards, if their images have several captions; else None."""
         if "--val-data" not in self.flags:
             return None
         data = shards.in_folder(self.flags[self.flags.index("--val-data") + 1], self.out)
@@ -70,7 +73,7 @@ class Run:
 
     @property
     def _frozen_features(self) -> Sequence[str]:
-        """The flag of that name as the run has it, with its folder where it names one; none without."""
+        """The run's flag `--frozen-features`, with its folder where it names one; empty without the flag."""
         if FROZEN not in self.flags:
             return ()
         start = self.flags.index(FROZEN)
@@ -78,7 +81,7 @@ class Run:
         return FROZEN, *folder
 
     def finished(self) -> Result | None:
-        """The kept result, if nothing is left to do; a checkpoint that is gone can not be evaluated any more."""
+        """The kept result, if nothing is left to do. Without its checkpoint a trained run cannot be evaluated."""
         result = self.trained()
         if result is None or result.retrieval is not None or not self.checkpoint.is_file():
             return result
@@ -95,10 +98,10 @@ class Run:
     async def execute(
         self, watch: Callable[[str], None], trainer: Sequence[str] = OPEN_CLIP, launcher: Launcher | None = None
     ) -> Result:
-        """Train afresh unless that is done, and evaluate where images have several captions; keep the result.
+        """Train from the start unless that is done, evaluate where images have several captions, and keep the result.
 
-        Each line of output goes to `watch`; all of it is kept in `output.log` and `evaluate.log`. A cancellation, or an
-        exception out of `watch`, stops the processes and goes on up.
+        Each line of output goes to `watch`, and into `output.log` or `evaluate.log`. A cancellation or an exception of
+        `watch` stops the processes, and is raised again.
 
         Raises:
             RunFailed: the script failed, or left no results of the last epoch, or the evaluation failed.
@@ -107,7 +110,7 @@ class Run:
         result = self.trained()
         if result is None:
             result = await self._train(watch, trainer, launcher)
-            # Before the evaluation: should that fail, the training need not be done again.
+            # Before the evaluation: if that fails, the training need not be repeated.
             self._keep(result)
         if result.retrieval is None and self.validation:
             result = replace(result, retrieval=await self._evaluate(self.validation, watch, launcher))
@@ -160,7 +163,7 @@ class Run:
             sums = {int(metrics["epoch"]): train_log.rsum(metrics) for metrics in epochs}
         except (OSError, ValueError, KeyError) as error:
             raise RunFailed(f"no retrieval results ({error!r}); is there validation data?", tail) from error
-        # The script ends with exit code 0 after some of its errors, so only the last epoch proves the end.
+        # The script exits with 0 after some errors too, so only results of the last epoch prove that it is complete.
         if self.epochs not in sums:
             raise RunFailed(f"ended after epoch {max(sums, default=0)} of {self.epochs}", tail)
         best = max(sums, key=lambda epoch: sums[epoch])
@@ -190,19 +193,19 @@ def evaluate_command(checkpoint: Path, data: str, out: Path) -> list[str]:
 
 
 def run_name(data: str, loss: str, seed: int) -> str:
-    """Name of the run of a cell, also the name of its folder."""
+    """Name of a run and of its folder."""
     return f"{data}--{loss}--s{seed}"
 
 
 def runs(study: Study, out: Path) -> list[Run]:
-    """The runs of `study`: losses side by side for a seed, so that early results compare."""
+    """The runs of `study`. All losses of a seed come before the next seed, so that early results can be compared."""
     return [
         _run(study, setting, loss, seed, out) for setting in study.data for seed in study.seeds for loss in study.losses
     ]
 
 
 def _run(study: Study, setting: DataSetting, loss: Loss, seed: int, out: Path) -> Run:
-    # Checkpoints of every epoch would fill a disk over a cross; the last one is written all the same.
+    # Checkpoints of every epoch would fill the disk. OpenCLIP writes that of the last epoch in any case.
     defaults: Flags = {"save-frequency": 0, "val-frequency": 1}
     flags: Flags = {
         **defaults,

@@ -1,4 +1,4 @@
-"""Shards of a data setting: scenes or Flickr8k, made once, and the pattern under which OpenCLIP finds them."""
+"""Shards of a data setting: scenes or Flickr8k, made once, and the pattern by which OpenCLIP finds them."""
 
 import json
 import shutil
@@ -12,13 +12,13 @@ from openclip_otco.data import flickr8k
 from openclip_otco.errors import UserError
 from openclip_otco.study.study import DataSetting, Flags, Flickr8k, arguments
 
-# Stands for the study's output folder in the flags of a run, so that they name no path of one machine.
+# Stands for the study's output folder in the flags of a run, so that they hold no path of a machine.
 OUT = "OUT"
 _SCENES, _FLICKR8K = "scenes.json", "flickr8k.json"
 
 
 def in_folder(value: str, out: Path) -> str:
-    """`value` with the `OUT/` that begins it, or a part of a `::` list, replaced by the folder `out`."""
+    """`value` with the folder `out` in place of `OUT/`, at its beginning or at that of a part of a `::` list."""
     prefix = f"{OUT}/"
     parts = (f"{out}/{part.removeprefix(prefix)}" if part.startswith(prefix) else part for part in value.split("::"))
     return "::".join(parts)
@@ -42,19 +42,19 @@ def scenes_command(setting: DataSetting, folder: Path) -> list[str]:
 
 
 def make(setting: DataSetting, out: Path) -> None:
-    """Make the shards of `setting` under `out/data`, unless they are there and were made alike.
+    """Make the shards of `setting` under `out/data`, unless they are there and were made with the same options.
 
     Raises:
         UserError: they cannot be made, or a folder holds something that this command did not make.
     """
-    of = f"data.{setting.name}"
+    key = f"data.{setting.name}"
     if setting.scenes is not None:
         _make_once(
             out / "data" / setting.name,
             _SCENES,
             setting.scenes,
             lambda part: _render(setting, part),
-            f"rendering the scenes of {of}",
+            f"rendering the scenes of {key}",
         )
     elif (wanted := setting.flickr8k) is not None:
         train, val = _flickr8k_folders(setting, out)
@@ -69,11 +69,11 @@ def make(setting: DataSetting, out: Path) -> None:
                 _FLICKR8K,
                 {**recipe, **_mismatch_recipe(wanted)},
                 lambda part: flickr8k.write_train(source(), part, wanted.list_name, wanted.matched_only),
-                f"writing the shards of {of}",
+                f"writing the shards of {key}",
             )
             _make_once(val, _FLICKR8K, recipe, lambda part: flickr8k.write_val(source(), part))
         except UserError as error:
-            raise UserError(f"{of}: {error}") from error
+            raise UserError(f"{key}: {error}") from error
 
 
 def _make_once(folder: Path, marker: str, recipe: Any, make: Callable[[Path], None], announcement: str = "") -> None:
@@ -84,7 +84,7 @@ def _make_once(folder: Path, marker: str, recipe: Any, make: Callable[[Path], No
         shutil.rmtree(folder)
     elif folder.exists():
         raise UserError(f"{folder}: is in the way of the study's data, and was not made by `compare`; move it away")
-    # Made beside its place and moved there whole: a folder under its final name is complete.
+    # Made under another name, and renamed at the end: a folder with its final name is complete.
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -105,20 +105,20 @@ def _render(setting: DataSetting, folder: Path) -> None:
 
 
 def _flickr8k_folders(setting: DataSetting, out: Path) -> tuple[Path, Path]:
-    """Folders of training and validation; the first names what is in it, and with it the flags of a run do."""
+    """Folders of training and validation. The first name tells what the folder holds, and so do a run's flags."""
     assert setting.flickr8k is not None
     name = setting.flickr8k.list_name + ("-matched" if setting.flickr8k.matched_only else "")
     return out / "data" / f"flickr8k-{name}", out / "data" / "flickr8k-dev"
 
 
 def _mismatch_recipe(wanted: Flickr8k) -> dict[str, Any]:
-    # Without what is off: shards that were made before there was a choice are the same.
+    # Options that are off are left out, so that shards from before these options existed count as the same.
     options = {"near": wanted.near, "matched_only": wanted.matched_only}
     return {"mismatch": wanted.mismatch, **{name: True for name, given in options.items() if given}}
 
 
 def data_flags(setting: DataSetting, out: Path) -> Flags:
-    """OpenCLIP's data flags of `setting`; shards that are not made yet show as `SHARDS`."""
+    """OpenCLIP's data flags of `setting`; `SHARDS` stands for shards that are not made yet."""
     if setting.scenes is not None:
         folders = [out / "data" / setting.name / split for split in ("train", "val")]
     elif setting.flickr8k is not None:
@@ -133,7 +133,7 @@ def data_flags(setting: DataSetting, out: Path) -> Flags:
 
 
 def samples_per_epoch(flags: Flags, out: Path) -> int | None:
-    """Training samples of an epoch, as far as flags or `sizes.json` tell; None if they do not."""
+    """Training samples of an epoch, from the flags or from `sizes.json`; None if neither tells."""
     if isinstance(given := flags.get("train-num-samples"), int):
         return given
     first = in_folder(str(flags["train-data"]), out).split("::")[0]

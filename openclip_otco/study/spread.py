@@ -21,7 +21,7 @@ class Spread:
 
     @classmethod
     def of_difference(cls, own: Mapping[int, float], base: Mapping[int, float]) -> Spread:
-        """Of `own` minus `base`, both by seed, over the seeds that both have.
+        """The spread of `own` minus `base`, both by seed, over the seeds that both have.
 
         Raises:
             ValueError: there is no such seed.
@@ -32,13 +32,13 @@ class Spread:
         return self.to(1)
 
     def to(self, digits: int, factor: float = 1.0) -> str:
-        """To so many digits, each number times `factor`, as for percent."""
+        """Mean and interval as text with so many digits; both are multiplied by `factor`, as for percent."""
         mean = f"{factor * self.mean:.{digits}f}"
         return mean if self.half is None else f"{mean} ± {factor * self.half:.{digits}f}"
 
     @property
     def signed(self) -> str:
-        """With a sign, as differences have."""
+        """As text with a sign, for differences."""
         return f"{'+' if self.mean >= 0 else ''}{self}"
 
     @property

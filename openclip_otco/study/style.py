@@ -1,4 +1,4 @@
-"""What the pictures of studies look like, so that a loss looks the same in all of them."""
+"""Colours, markers and dashes of the pictures of studies: a loss looks the same in all of them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ matplotlib.use("Agg")  # No display is needed, and none may be there.
 
 from matplotlib import pyplot
 
-# Okabe and Ito's colours, told apart under colour blindness; dashes and markers tell them apart in grey.
+# Okabe and Ito's colours, which differ under colour blindness; dashes and markers differ in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DASHES = ("-", "--", "-.", ":")
-# As many markers as have no divisor in common with the colours: no two of 63 losses look the same.
+# 9 markers and 7 colours have no common divisor, so that no two of 63 losses look the same.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
 _DPI = 150
 
@@ -36,7 +36,7 @@ def picture(path: Path, draw: bool, make: Callable[[], Any]) -> str:
         make: gives the figure.
 
     Raises:
-        UserError: the picture is missing and is not to be drawn.
+        UserError: the picture is missing and `draw` is false.
     """
     if draw:
         figure = make()

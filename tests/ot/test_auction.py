@@ -1,13 +1,16 @@
 """The parts of the auction: candidate lists that answer as whole rows would, and ledgers that lose no mass."""
 
+import doctest
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openclip_otco.ot import DenseCost, combinatorial, combinatorial_plan
+from openclip_otco.ot import DenseCost, auction, combinatorial, combinatorial_plan
 from openclip_otco.ot import cost as cost_module
+from openclip_otco.ot import ledger as ledger_module
 from openclip_otco.ot.candidates import CandidateLists
 from openclip_otco.ot.cost import cost_range
 from openclip_otco.ot.ledger import AssignmentLedger, TransportLedger
@@ -93,7 +96,7 @@ def test_ledgers_lose_no_mass_and_lower_no_price(n, m, kind, seed):
         if len(placed[0]) and torch.rand(1, generator=generator) < 0.3:
             ledger.release(torch.rand(placed[0].shape, generator=generator) < 0.5, price)
             placed = ledger.placed()
-        rest = ledger.rest(cost)
+        rest = ledger.place_free(cost)
         assert float(placed[2].sum()) + ledger.free_share() == pytest.approx(1, abs=1e-12)
         assert float(rest[2].sum()) == pytest.approx(ledger.free_share(), abs=1e-12)
         plan = torch.zeros(n, m, dtype=torch.float64)
@@ -126,12 +129,82 @@ def test_the_highest_offers_take_the_cheapest_mass():
     assert price.tolist() == [pytest.approx(0.3), 0.0]
 
 
+def test_the_worked_example_of_a_sale_runs():
+    failed, attempted = doctest.testmod(ledger_module)
+    assert attempted > 5
+    assert failed == 0
+
+
+class GrainLedger:
+    """The sale of `TransportLedger`, told grain by grain: mass is so many grains, each with a holder and a price."""
+
+    def __init__(self, supply, demand):
+        self.supply = list(supply)
+        self.grains = [[(None, 0.0)] * count for count in demand]
+
+    def sell(self, bids):
+        """`bids` are `(row, column, offer)`."""
+        wanted = list(self.supply)
+        for column, grains in enumerate(self.grains):
+            line = sorted(grains, key=lambda grain: grain[1])
+            bidders = sorted((bid for bid in bids if bid[1] == column), key=lambda bid: -bid[2])
+            in_front = [(row, offer) for row, _, offer in bidders for _ in range(wanted[row])]
+            for place, (row, offer) in enumerate(in_front[: len(line)]):
+                holder, price = line[place]
+                if price < offer:
+                    line[place] = row, offer
+                    self.supply[row] -= 1
+                    if holder is not None:
+                        self.supply[holder] += 1
+            self.grains[column] = line
+
+    def placed(self):
+        plan = np.zeros((len(self.supply), len(self.grains)))
+        for column, grains in enumerate(self.grains):
+            for holder, _ in grains:
+                if holder is not None:
+                    plan[holder, column] += 1
+        return plan
+
+
+@given(
+    supply=st.lists(st.integers(0, 6), min_size=1, max_size=5),
+    demand=st.lists(st.integers(0, 6), min_size=1, max_size=5),
+    seed=st.integers(0, 999),
+    offers=st.sampled_from([4, 1000]),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_sale_is_that_of_its_grains(supply, demand, seed, offers):
+    """Against a loop over single grains of mass; with few different offers, many of them are equal."""
+    total = 32  # a power of two, so that masses are exact
+    supply, demand = [*supply, total - sum(supply)], [*demand, total - sum(demand)]
+    random = np.random.default_rng(seed)
+    reference = GrainLedger(supply, demand)
+    ledger = TransportLedger(torch.tensor(supply) / total, torch.tensor(demand) / total, torch.float64)
+    price = torch.zeros(len(demand), dtype=torch.float64)
+    for _ in range(6):
+        rows = ledger.free()
+        assert rows.tolist() == np.flatnonzero(reference.supply).tolist()
+        if not len(rows):
+            return
+        columns = torch.from_numpy(random.choice(np.flatnonzero(demand), len(rows)))
+        bids = price[columns] + torch.from_numpy(random.integers(1, offers, len(rows)) / offers)
+        ledger.sell(rows, columns, bids, price)
+        reference.sell(list(zip(rows.tolist(), columns.tolist(), bids.tolist(), strict=True)))
+        plan = torch.zeros(len(supply), len(demand), dtype=torch.float64)
+        rows, columns, mass = ledger.placed()
+        plan.index_put_((rows, columns), mass, accumulate=True)
+        np.testing.assert_array_equal(plan * total, reference.placed())
+        for column in np.flatnonzero(demand):
+            assert price[column] == min(cost for _, cost in reference.grains[column])
+
+
 @pytest.mark.parametrize(("n", "m"), [(120, 120), (90, 120)])
 def test_price_wars_end_by_longer_steps(monkeypatch, n, m):
     """Costs like `i * j` make every row want the same columns: patience runs out, and the guarantee holds."""
     i, j = torch.arange(n)[:, None] / n, torch.arange(m)[None] / m
     monkeypatch.setattr(combinatorial, "_last_resort", None)  # not needed
-    monkeypatch.setattr(combinatorial, "_PATIENCE", 5)
+    monkeypatch.setattr(auction, "_PATIENCE", 5)
     plan = combinatorial_plan(i * j, 0.005)
     assert plan.additive_error <= 0.005
     assert plan.rounds > 50
@@ -142,7 +215,7 @@ def test_price_wars_end_by_longer_steps(monkeypatch, n, m):
 def test_when_the_rounds_run_out(monkeypatch, exact, n, m):
     matrix = random_cost(n, m, 0)
     monkeypatch.setattr(combinatorial, "MOST_ROUNDS", 2)
-    monkeypatch.setattr(combinatorial, "_PATIENCE", 1)
+    monkeypatch.setattr(auction, "_PATIENCE", 1)
     if exact == "gives up":
 
         def fail(*_):

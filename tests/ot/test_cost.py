@@ -6,7 +6,7 @@ import torch
 
 from openclip_otco.ot import CosineCost, DenseCost, combinatorial_plan, exact_plan, sinkhorn
 from openclip_otco.ot import cost as cost_module
-from openclip_otco.ot.cost import as_cost, cost_range, tiles, whole
+from openclip_otco.ot.cost import all_rows, as_cost, cost_range, tiles
 from openclip_otco.ot.marginals import marginals
 
 
@@ -35,13 +35,13 @@ def test_cosine_cost_equals_the_matrix_of_the_features_as_given(dtype, atol):
 )
 def test_entries_and_restrictions_are_those_of_the_matrix(make):
     cost = make(unit(9, 4))
-    matrix = whole(cost)
+    matrix = all_rows(cost)
     rows, cols = torch.tensor([0, 8, 8, 3]), torch.tensor([8, 0, 1, 3])
     torch.testing.assert_close(cost.entries(rows, cols), matrix[rows, cols], atol=1e-14, rtol=0)
     part, expected = cost.restricted(rows, cols[:3]), matrix[rows][:, cols[:3]]
     assert part.shape == (4, 3)
-    torch.testing.assert_close(whole(part), expected, atol=1e-14, rtol=0)
-    torch.testing.assert_close(whole(part.transposed()), expected.T, atol=1e-14, rtol=0)
+    torch.testing.assert_close(all_rows(part), expected, atol=1e-14, rtol=0)
+    torch.testing.assert_close(all_rows(part.transposed()), expected.T, atol=1e-14, rtol=0)
     i, j = torch.tensor([3, 0]), torch.tensor([1, 2])
     torch.testing.assert_close(part.entries(i, j), expected[i, j], atol=1e-14, rtol=0)
 

@@ -164,7 +164,7 @@ def test_nothing_is_recorded_unasked():
     assert y.grad is None
 
 
-def test_only_what_asks_gets_a_gradient_and_marginals_never_do():
+def test_only_features_that_require_it_get_a_gradient():
     x, y = unit(6, 4, 1).requires_grad_(), unit(6, 4, 2)
     a = masses(6, 3).requires_grad_()
     value = sinkhorn_divergence(x, y, 0.1, a=a)

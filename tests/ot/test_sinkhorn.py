@@ -1,6 +1,5 @@
 """Sinkhorn against POT and against dense float64 formulas, from every start and on both paths."""
 
-import importlib
 from itertools import pairwise
 
 import numpy as np
@@ -11,12 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import logsumexp
 
-from openclip_otco.ot import CosineCost, DenseCost, combinatorial_plan, exact_plan, nearest_potentials, sinkhorn
+from openclip_otco.ot import (
+    CosineCost,
+    DenseCost,
+    combinatorial_plan,
+    exact_plan,
+    half_steps,
+    nearest_potentials,
+    sinkhorn,
+)
 from openclip_otco.ot import cost as cost_module
 from openclip_otco.ot.anderson import Anderson
-
-# The package's attribute of this name is the function.
-sinkhorn_module = importlib.import_module("openclip_otco.ot.sinkhorn")
+from openclip_otco.ot.group import ALONE
+from openclip_otco.ot.half_steps import KernelHalfSteps, StreamedHalfSteps
 
 
 def unit(n, d, seed, dtype=torch.float64):
@@ -218,6 +224,31 @@ def test_streaming_path_equals_kept_path(monkeypatch, dtype, epsilon):
     assert streamed.iterations == pytest.approx(kept.iterations, rel=0.5, abs=1)
 
 
+@given(
+    n=st.integers(1, 9), m=st.integers(1, 9), seed=st.integers(0, 999), epsilon=st.sampled_from([0.01, 0.1, 2.0]),
+    spread=st.sampled_from([0.0, 0.1, 5.0]),
+)  # fmt: skip
+@settings(max_examples=100, deadline=None)
+def test_half_steps_of_both_kinds_are_those_of_the_formula(n, m, seed, epsilon, spread):
+    """From near potentials and from far ones, which leave the stored kernel and the plain sums."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.rand(n, m, generator=generator, dtype=torch.float64)
+    a, b = masses(n, seed), masses(m, seed + 1)
+    f = spread * torch.randn(n, generator=generator, dtype=torch.float64)
+    exact_g = -epsilon * logsumexp((f[:, None] - matrix) / epsilon + a.log()[:, None], axis=0)
+    exact_f = -epsilon * logsumexp((exact_g - matrix.numpy()) / epsilon + b.log().numpy(), axis=1)
+    cost = DenseCost(matrix)
+    kernel = KernelHalfSteps(cost, torch.zeros(m, dtype=torch.float64), epsilon, a, b, ALONE)
+    streamed = StreamedHalfSteps(cost.transposed(), epsilon, b, a, ALONE)
+    for half_steps_of_a_kind in (kernel, streamed):
+        g, next_f = half_steps_of_a_kind.step(f)
+        np.testing.assert_allclose(g, exact_g, atol=1e-11 * (1 + spread), rtol=0)
+        np.testing.assert_allclose(next_f, exact_f, atol=1e-11 * (1 + spread), rtol=0)
+    first_f = -epsilon * logsumexp(-matrix.numpy() / epsilon + b.log().numpy(), axis=1)
+    kernel = KernelHalfSteps(cost, torch.zeros(m, dtype=torch.float64), epsilon, a, b, ALONE)
+    np.testing.assert_allclose(kernel.exact_rows(torch.zeros(m)), first_f, atol=1e-11, rtol=0)
+
+
 class Spy:
     """A cost that remembers the greatest number of entries it was asked for at once."""
 
@@ -255,8 +286,8 @@ def test_the_limit_of_the_kept_kernel_is_8192_squared():
 
 
 def count_kernels(monkeypatch):
-    kernels, plain = [], sinkhorn_module._Kernel._centre
-    monkeypatch.setattr(sinkhorn_module._Kernel, "_centre", lambda *args: kernels.append(1) or plain(*args))
+    kernels, plain = [], half_steps.KernelHalfSteps._absorb
+    monkeypatch.setattr(half_steps.KernelHalfSteps, "_absorb", lambda *args: kernels.append(1) or plain(*args))
     return kernels
 
 
@@ -287,15 +318,15 @@ def test_absorbing_often_changes_nothing(monkeypatch, limit):
     matrix = 1 - unit(25, 4, 1) @ unit(31, 4, 2).T
     rare = sinkhorn(matrix, 0.01, tol=1e-9, max_iterations=50_000)
     kernels = count_kernels(monkeypatch)
-    monkeypatch.setattr(sinkhorn_module, "_ABSORB", limit)
+    monkeypatch.setattr(half_steps, "_ABSORB", limit)
     often = sinkhorn(matrix, 0.01, tol=1e-9, max_iterations=50_000)
     assert len(kernels) > 1
     torch.testing.assert_close(often.g, rare.g, atol=1e-9, rtol=0)
 
 
-def test_an_underflowing_kernel_is_left_by_the_log_domain(monkeypatch):
+def test_the_log_domain_takes_over_from_an_underflowing_kernel(monkeypatch):
     """Scalings that are never absorbed reach the end of float32, from where the iteration must go on."""
-    monkeypatch.setattr(sinkhorn_module, "_ABSORB", float("inf"))
+    monkeypatch.setattr(half_steps, "_ABSORB", float("inf"))
     grid = torch.linspace(0, 1, 40)
     matrix = (grid[:, None] - grid) ** 2 * 2
     a, b = torch.exp(-40 * (grid - 0.1) ** 2), torch.exp(-40 * (grid - 0.9) ** 2)
@@ -325,7 +356,7 @@ def test_every_start_reaches_the_same_fixed_point(path):
         assert warm.value == pytest.approx(cold.value, abs=1e-9)
 
 
-def test_its_own_result_is_a_start_that_needs_one_iteration(path):
+def test_a_start_from_its_own_result_needs_one_iteration(path):
     matrix = 1 - unit(20, 6, 1) @ unit(26, 6, 2).T
     cold = sinkhorn(matrix, 0.02, tol=1e-6)
     for init in (cold, (cold.f, cold.g)):
@@ -340,7 +371,7 @@ def test_its_own_result_is_a_start_that_needs_one_iteration(path):
     seed=st.integers(0, 1000), zeros=st.booleans(),
 )  # fmt: skip
 @settings(max_examples=100, deadline=None)
-def test_what_says_converged_is_a_coupling(n, m, epsilon, scale, dtype, seed, zeros):
+def test_a_converged_result_is_a_coupling(n, m, epsilon, scale, dtype, seed, zeros):
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.rand(n, m, generator=generator, dtype=torch.float64) * scale
     a, b = masses(n, seed, zeros=n // 2 if zeros else 0), masses(m, seed + 1, zeros=m // 3 if zeros else 0)
