@@ -88,18 +88,22 @@ class Shards:
         self.names = samples.shards(data)
 
     def samples(self, shard: int = 0, number: int = 0) -> Iterator[RawSample]:
+        """The samples from this shard and this number on, in the order of the data."""
         for index in range(shard, len(self.names)):
             for place, (key, files) in enumerate(shard_samples(self.names[index])):
                 if index > shard or place >= number:
                     yield RawSample(index, place, key, {file.kind: file.content for file in files})
 
     def captions(self, sample: RawSample) -> list[str]:
+        """The captions of a sample; none where it has none."""
         return samples.captions(sample.files, self.caption_lines)
 
     def total(self) -> int | None:
+        """How many samples there are, as far as a look can tell; `None`: not known."""
         return samples.images(self.data)
 
     def fingerprint(self) -> list[Any]:
+        """What changes when the data change: names, sizes and times. JSON has its types."""
         names = [[name, *_stat(Path(name))] if is_local(name) else [name] for name in self.names]
         return [*names, ["--caption-lines"]] if self.caption_lines else names
 
@@ -138,6 +142,7 @@ class CsvRows:
             raise UserError(f"--data {self.path}: is no readable CSV file ({last_line(error)})") from error
 
     def samples(self, shard: int = 0, number: int = 0) -> Iterator[RawSample]:
+        """The samples from this shard and this number on, in the order of the data."""
         place = 0
         for chunk in self.chunks():
             for path, caption in zip(chunk[self.image_key], chunk[self.caption_key], strict=True):
@@ -146,12 +151,15 @@ class CsvRows:
                 place += 1
 
     def captions(self, sample: RawSample) -> list[str]:
+        """The captions of a sample; none where it has none."""
         return [sample.caption] if sample.caption else []
 
     def total(self) -> int | None:
+        """How many samples there are, as far as a look can tell; `None`: not known."""
         return sum(map(len, self.chunks()))
 
     def fingerprint(self) -> list[Any]:
+        """What changes when the data change: names, sizes and times. JSON has its types."""
         return [
             [str(self.path), *_stat(self.path), self.image_key, self.caption_key, self.separator],
         ]
@@ -181,6 +189,7 @@ class ShardsOfRank:
 
     @property
     def names(self) -> Sequence[str]:
+        """The names of the shards."""
         return self.whole.names
 
     @property
@@ -190,6 +199,7 @@ class ShardsOfRank:
         return count * self.rank // self.ranks, count * (self.rank + 1) // self.ranks
 
     def samples(self, shard: int = 0, number: int = 0) -> Iterator[RawSample]:
+        """The samples from this shard and this number on, in the order of the data."""
         first, behind = self.bounds
         start = (shard, number) if shard >= first else (first, 0)
         for sample in self.whole.samples(*start):
@@ -198,12 +208,15 @@ class ShardsOfRank:
             yield sample
 
     def captions(self, sample: RawSample) -> list[str]:
+        """The captions of a sample; none where it has none."""
         return self.whole.captions(sample)
 
     def total(self) -> int | None:
+        """How many samples there are, as far as a look can tell; `None`: not known."""
         return None
 
     def fingerprint(self) -> list[Any]:
+        """What changes when the data change: names, sizes and times. JSON has its types."""
         return self.whole.fingerprint()
 
 

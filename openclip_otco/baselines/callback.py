@@ -49,6 +49,7 @@ class MomentumCallback(TrainingCallback):
         writer: PlanWriter | None = None,
         **_: object,
     ) -> None:
+        """Moves the encoders towards the model, and puts the step's keys into the queue."""
         # All ranks have the same weights after a step, so that their encoders stay the same without a word.
         self.encoders.update()
         if self.loss is not None and self.loss.keys is not None:

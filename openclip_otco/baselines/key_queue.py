@@ -42,9 +42,11 @@ class KeyQueue:
         self.keys = Features(*(side[-self.size :].clone() for side in held))
 
     def clear(self) -> None:
+        """Takes all keys out."""
         self.keys = None
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The keys, `(n, d)` of images and of texts, oldest first; empty without keys."""
         return {} if self.keys is None else self.keys._asdict()
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str) -> None:

@@ -48,6 +48,7 @@ class MomentumEncoders:
         self.encoder.load_state_dict(self.model.state_dict())
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The encoders' weights, as the model names them."""
         return dict(self.encoder.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

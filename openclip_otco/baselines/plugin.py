@@ -64,6 +64,7 @@ class BaselinesPlugin:
         self.model: nn.Module | None = None
 
     def add_arguments(self, group: argparse._ArgumentGroup) -> None:
+        """Adds the plugin's flags to a group of OpenCLIP's parser."""
         for options in OPTIONS.values():
             add_options(group, options)
 
@@ -84,6 +85,7 @@ class BaselinesPlugin:
             end(parser, f"argument --precision: --loss {args.loss} averages weights in float32; use amp or amp_bf16")
 
     def prepare_model(self, args: argparse.Namespace, model: nn.Module) -> None:
+        """Lets the model give the loss what it needs beside the features: keys, or features of second views."""
         # Momentum encoders are copied later, when the weights to resume from are in.
         self.model = model if _momentum(args) is not None else None
         if args.loss == "simclr":
@@ -91,6 +93,7 @@ class BaselinesPlugin:
             SecondView(model, RandomViews(preprocessing["mean"], preprocessing["std"]))
 
     def create_loss(self, args: argparse.Namespace) -> nn.Module:
+        """The loss that `--loss` names."""
         if args.loss == "moco":
             return MoCoLoss(KeyQueue(args.moco_queue_size))
         if args.loss == "simclr":
@@ -100,6 +103,7 @@ class BaselinesPlugin:
         return OTTERLoss(args.otter_share, args.otter_epsilon, **clip_options(args))
 
     def create_callbacks(self, args: argparse.Namespace, loss: object) -> list[MomentumCallback]:
+        """The callback that keeps the momentum encoders; none for a loss without them."""
         momentum = _momentum(args)
         if self.model is None or momentum is None:
             return []

@@ -29,6 +29,7 @@ class FrozenFeaturesPlugin:
         self._towers: Sequence[Any] = ()
 
     def add_arguments(self, group: argparse._ArgumentGroup) -> None:
+        """Adds the plugin's flags to a group of OpenCLIP's parser."""
         group.add_argument(
             "--frozen-features",
             type=str,
@@ -83,6 +84,11 @@ class FrozenFeaturesPlugin:
             refuse(f"{args.frozen_features} cannot be made ({error.strerror or error}); name a folder")
 
     def prepare_model(self, args: argparse.Namespace, model: nn.Module) -> None:
+        """Lets the locked towers take their features from the folder.
+
+        Raises:
+            RuntimeError: a locked tower is of a kind that the flag does not know.
+        """
         self._towers = ()
         if args.frozen_features is None:
             return
@@ -110,6 +116,7 @@ class FrozenFeaturesPlugin:
             logging.info(f"Frozen features: images and captions are read from the shards, as {obstacle}")
 
     def create_callbacks(self, args: argparse.Namespace, loss: object) -> list[FrozenFeaturesCallback]:
+        """The callback that saves what the towers remember; none without the flag."""
         return [FrozenFeaturesCallback(self._towers, master=args.rank == 0)] if self._towers else []
 
 

@@ -58,6 +58,7 @@ class PlanSection:
 
     @property
     def pictures(self) -> bool:
+        """Whether there is a picture of any of the pairs."""
         return any(pair.thumbnail for pair in self.pairs)
 
 

@@ -41,6 +41,7 @@ class PlanCache:
 
     @property
     def newest(self) -> TransportPlan | None:
+        """The newest plan; `None`: the cache is empty."""
         return next(reversed(self._plans.values()), None)
 
     def add(self, plan: TransportPlan) -> None:
@@ -56,6 +57,7 @@ class PlanCache:
             del self._plans[old]
 
     def clear(self) -> None:
+        """Takes all plans out."""
         self._plans.clear()
 
     def draw(self, count: int, step: int) -> tuple[TransportPlan, ...]:

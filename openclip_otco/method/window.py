@@ -36,6 +36,7 @@ class FeatureWindow:
 
     @property
     def full(self) -> bool:
+        """Whether it holds as many steps as it is for."""
         return len(self) >= self.steps
 
     def add(self, image_features: Tensor, text_features: Tensor, step: int) -> None:
@@ -74,6 +75,7 @@ class FeatureWindow:
         return images[finite], texts[finite]
 
     def clear(self) -> None:
+        """Takes all features out; what was dropped stays counted."""
         self._batches.clear()
 
     def digest(self) -> str:
@@ -86,6 +88,7 @@ class FeatureWindow:
         return digest.hexdigest()[:16]
 
     def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain types only, so that `torch.load(weights_only=True)` reads it."""
         return {"batches": [list(batch) for batch in self._batches], "dropped": self.dropped}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str = "cpu") -> None:

@@ -24,13 +24,16 @@ class Cost(Protocol):
     """An `(n, m)` cost that need not exist as a matrix."""
 
     @property
-    def shape(self) -> tuple[int, int]: ...
+    def shape(self) -> tuple[int, int]:
+        """Number of rows and of columns."""
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """Of the costs."""
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where the costs are computed."""
 
     def rows(self, index: slice | Tensor, out: Tensor | None = None) -> Tensor:
         """The rows `index` of the matrix, `(len(index), m)`. Do not change them: they may be the cost's own memory.
@@ -99,28 +102,35 @@ class CosineCost:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Number of rows and of columns."""
         return self.x.shape[0], self.y.shape[0]
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the costs."""
         return self.x.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where the costs are computed."""
         return self.x.device
 
     def rows(self, index: slice | Tensor, out: Tensor | None = None) -> Tensor:
+        """As `Cost.rows`."""
         return torch.mm(self.x[index], self.y.T, out=out).neg_().add_(1.0)
 
     def entries(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """As `Cost.entries`."""
         step = max(1, TILE_ELEMENTS // self.x.shape[1])
         pairs = zip(rows.split(step), cols.split(step), strict=True)
         return torch.cat([1.0 - (self.x[i] * self.y[j]).sum(dim=1) for i, j in pairs])
 
     def restricted(self, rows: slice | Tensor, cols: slice | Tensor) -> CosineCost:
+        """As `Cost.restricted`."""
         return CosineCost(self.x[rows], self.y[cols], check_finite=False)
 
     def transposed(self) -> CosineCost:
+        """As `Cost.transposed`."""
         return CosineCost(self.y, self.x, check_finite=False)
 
 
@@ -145,26 +155,33 @@ class DenseCost:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Number of rows and of columns."""
         return self.matrix.shape[0], self.matrix.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the costs."""
         return self.matrix.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where the costs are computed."""
         return self.matrix.device
 
     def rows(self, index: slice | Tensor, out: Tensor | None = None) -> Tensor:
+        """As `Cost.rows`."""
         return self.matrix[index]
 
     def entries(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """As `Cost.entries`."""
         return self.matrix[rows, cols]
 
     def restricted(self, rows: slice | Tensor, cols: slice | Tensor) -> DenseCost:
+        """As `Cost.restricted`."""
         return DenseCost(self.matrix[rows][:, cols])
 
     def transposed(self) -> DenseCost:
+        """As `Cost.transposed`."""
         swapped = object.__new__(DenseCost)
         swapped.matrix, swapped.range = self.matrix.T, self.range
         return swapped
@@ -208,12 +225,15 @@ class HeldParts:
         self._parts: dict[tuple[int, ...], Cost] = {}
 
     def rows(self, index: slice | Tensor, out: Tensor | None = None) -> Tensor:
+        """As `Cost.rows`."""
         return self.cost.rows(index, out)
 
     def entries(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """As `Cost.entries`."""
         return self.cost.entries(rows, cols)
 
     def restricted(self, rows: slice | Tensor, cols: slice | Tensor) -> Cost:
+        """As `Cost.restricted`."""
         if not isinstance(rows, slice) or not isinstance(cols, slice):
             return self.cost.restricted(rows, cols)
         part = (*rows.indices(self.shape[0]), *cols.indices(self.shape[1]))
@@ -222,6 +242,7 @@ class HeldParts:
         return self._parts[part]
 
     def transposed(self) -> Cost:
+        """As `Cost.transposed`."""
         return self.cost.transposed()
 
 

@@ -74,21 +74,26 @@ class DistributedGroup(Group):
         self._failure_is_known = False
 
     def total(self, part: Tensor) -> Tensor:
+        """As `Group.total`."""
         return self._reduced(part.clone(memory_format=torch.contiguous_format), dist.ReduceOp.SUM)
 
     def least(self, part: Tensor) -> Tensor:
+        """As `Group.least`."""
         return self._reduced(part.clone(memory_format=torch.contiguous_format), dist.ReduceOp.MIN)
 
     def first(self, make: Callable[[], Tensor], like: Tensor) -> Tensor:
+        """As `Group.first`."""
         # A sum is exact here, as the others add zero.
         return self.total(make() if self.rank == 0 else torch.zeros_like(like))
 
     def joined(self, part: Tensor, size: int) -> Tensor:
+        """As `Group.joined`."""
         joined = part.new_zeros(size)
         joined[self.part(size)] = part
         return self._reduced(joined, dist.ReduceOp.SUM)
 
     def attempt(self, make: Callable[[], T]) -> T:
+        """As `Group.attempt`."""
         if self._attempts == 0:
             self._failure_is_known = False
         self._attempts += 1

@@ -53,12 +53,15 @@ class AssignmentLedger:
         self._free = torch.arange(n, device=device)
 
     def free(self) -> Tensor:
+        """As `Ledger.free`."""
         return self._free
 
     def free_share(self) -> float:
+        """As `Ledger.free_share`."""
         return len(self._free) / self.n
 
     def sell(self, rows: Tensor, columns: Tensor, offers: Tensor, price: Tensor) -> None:
+        """As `Ledger.sell`."""
         top = torch.full_like(price, -torch.inf).scatter_reduce_(0, columns, offers, "amax")
         wins = torch.nonzero(offers == top[columns]).squeeze(1)
         # The first of equal offers gets the column: each column has one winner, which does not depend on timing.
@@ -73,10 +76,12 @@ class AssignmentLedger:
         self._free = torch.cat([rows[lost], evicted[evicted >= 0]])
 
     def placed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Ledger.placed`."""
         columns = torch.nonzero(self.owner >= 0).squeeze(1)
         return self.owner[columns], columns, self._mass(columns)
 
     def place_free(self, cost: Cost) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Ledger.place_free`."""
         unsold = torch.nonzero(self.owner < 0).squeeze(1)
         if len(unsold) ** 2 > _EXACT_ENTRIES:
             return self._free, unsold, self._mass(unsold)
@@ -85,6 +90,7 @@ class AssignmentLedger:
         return self._free[rows], unsold[columns], self._mass(unsold)
 
     def release(self, which: Tensor, price: Tensor) -> None:
+        """As `Ledger.release`."""
         columns = torch.nonzero(self.owner >= 0).squeeze(1)[which]
         self._free = torch.cat([self._free, self.owner[columns]])
         self.owner[columns] = -1
@@ -149,9 +155,11 @@ class TransportLedger:
         self.lots = Lots(unsold, columns, mass[columns], price)
 
     def free(self) -> Tensor:
+        """As `Ledger.free`."""
         return torch.nonzero(self.supply).squeeze(1)
 
     def free_share(self) -> float:
+        """As `Ledger.free_share`."""
         return int(self.supply.sum()) / _UNITS
 
     def sell(self, rows: Tensor, columns: Tensor, offers: Tensor, price: Tensor) -> None:
@@ -212,10 +220,12 @@ class TransportLedger:
         self.supply.index_add_(0, lots.row[stretches.lot[evicted]], stretches.length[evicted])
 
     def placed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Ledger.placed`."""
         sold = self.lots.at(self.lots.row >= 0)
         return sold.row, sold.column, sold.mass.double() / _UNITS
 
     def place_free(self, cost: Cost) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Ledger.place_free`."""
         rows, unsold = self.free(), self.lots.at(self.lots.row < 0)
         columns, supply, demand = unsold.column, self.supply[rows], unsold.mass
         if len(rows) * len(columns) > _EXACT_ENTRIES or not len(rows):
@@ -238,6 +248,7 @@ class TransportLedger:
         return rows[i], columns[j], plan[i, j] * (total / _UNITS)
 
     def release(self, which: Tensor, price: Tensor) -> None:
+        """As `Ledger.release`."""
         places = torch.nonzero(self.lots.row >= 0).squeeze(1)[which]
         released = self.lots.at(places)
         self.supply.index_add_(0, released.row, released.mass)

@@ -71,10 +71,12 @@ class Chart:
 
     @cached_property
     def x_ticks(self) -> list[Tick]:
+        """The ticks of the horizontal axis."""
         return [Tick(self._x(value), f"{value:,.6g}") for value in _ticks(self._spans[0], 6, whole=True)]
 
     @cached_property
     def y_ticks(self) -> list[Tick]:
+        """The ticks of the vertical axis."""
         return [Tick(self._y(value), f"{value:,.6g}") for value in _ticks(self._spans[1], 5)]
 
     def path(self, line: Line) -> str:
@@ -127,6 +129,7 @@ class Cell:
 
     @property
     def colour(self) -> str:
+        """Of the share, as CSS has it."""
         return colour(self.share)
 
 

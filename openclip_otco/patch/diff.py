@@ -32,6 +32,7 @@ class Hunk:
     new: tuple[bytes, ...]
 
     def inverse(self) -> "Hunk":
+        """What takes the change back."""
         return Hunk(self.new_start, self.new, self.old_start, self.old)
 
 
@@ -45,6 +46,7 @@ class FilePatch:
     hunks: tuple[Hunk, ...]
 
     def inverse(self) -> "FilePatch":
+        """What takes the change back."""
         return FilePatch(self.path, self.new_id, self.old_id, tuple(hunk.inverse() for hunk in self.hunks))
 
     def apply(self, data: bytes | None) -> bytes | None:

@@ -47,6 +47,7 @@ class Run:
 
     @property
     def name(self) -> str:
+        """Of the run: its data, its loss and its seed."""
         return run_name(self.data, self.loss, self.seed)
 
     @property

@@ -17,6 +17,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> Spread:
+        """Mean and 95 % interval of some values."""
         return cls(*interval(values))
 
     @classmethod

@@ -109,6 +109,7 @@ class PlanCacheCallback(TrainingCallback):
         self._set_plans(step + 1)
 
     def on_train_end(self, *, step: int, writer: PlanWriter | None = None) -> None:
+        """Tells how many plans were made, and in how many steps they acted."""
         if self.steps:
             tell = self.log.info if self.acted else self.log.warning
             tell(

@@ -25,26 +25,32 @@ class Option:
 
     @property
     def dest(self) -> str:
+        """Its name among the parsed arguments."""
         return self.flag.removeprefix("--").replace("-", "_")
 
 
 def positive(value: float) -> bool:
+    """Whether it is above 0 and finite."""
     return 0 < value < math.inf
 
 
 def weight(value: float) -> bool:
+    """Whether it is 0 or more, and finite."""
     return 0 <= value < math.inf
 
 
 def count(value: int) -> bool:
+    """Whether it is 1 or more."""
     return value >= 1
 
 
 def share(value: float) -> bool:
+    """Whether it lies in `[0, 1]`."""
     return 0 <= value <= 1
 
 
 def add_options(group: argparse._ArgumentGroup, options: Sequence[Option]) -> None:
+    """Adds the flags to a group of OpenCLIP's parser; their defaults come later, in `check_options`."""
     for option in options:
         # No argparse default: `check_options` must see which flags were given.
         group.add_argument(

@@ -30,10 +30,12 @@ class PlanLog:
         self._next_line = step
 
     def info(self, line: str) -> None:
+        """A line, if this process tells anything."""
         if self.master:
             logging.info(line)
 
     def warning(self, line: str) -> None:
+        """A warning, if this process tells anything."""
         if self.master:
             logging.warning(line)
 

@@ -81,6 +81,7 @@ class OTCOPlugin:
         register_models()
 
     def add_arguments(self, group: argparse._ArgumentGroup) -> None:
+        """Adds the plugin's flags to a group of OpenCLIP's parser."""
         add_options(group, OPTIONS)
 
     def check_args(self, parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -104,6 +105,7 @@ class OTCOPlugin:
         """Nothing to do: the loss works on the features alone."""
 
     def create_loss(self, args: argparse.Namespace) -> OTCOLoss:
+        """The loss, with the flags' settings."""
         return OTCOLoss(
             confidence=args.otco_confidence,
             transport_weight=args.otco_transport_weight,
@@ -118,6 +120,7 @@ class OTCOPlugin:
         )
 
     def create_callbacks(self, args: argparse.Namespace, loss: object) -> list[PlanCacheCallback]:
+        """The callback that makes the plans of the loss; none for a loss of another plugin."""
         if not isinstance(loss, OTCOLoss):
             return []
         return [

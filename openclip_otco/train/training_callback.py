@@ -11,14 +11,18 @@ from torch import Tensor
 class ScalarWriter(Protocol):
     """What is used of TensorBoard's `SummaryWriter` for numbers."""
 
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        """A number, at a step."""
 
 
 class PlanWriter(ScalarWriter, Protocol):
     """What is used of TensorBoard's `SummaryWriter` for numbers and figures of plans."""
 
-    def add_histogram(self, tag: str, values: Any, global_step: int) -> None: ...
-    def add_image(self, tag: str, img_tensor: Any, global_step: int, dataformats: str) -> None: ...
+    def add_histogram(self, tag: str, values: Any, global_step: int) -> None:
+        """Values, at a step."""
+
+    def add_image(self, tag: str, img_tensor: Any, global_step: int, dataformats: str) -> None:
+        """A picture, at a step."""
 
 
 class TrainingCallback:
