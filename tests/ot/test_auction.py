@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openclip_otco.ot import DenseCost, auction, combinatorial, combinatorial_plan
+from openclip_otco.ot import DenseCost, combinatorial, combinatorial_plan
+from openclip_otco.ot import auction as auction_module
 from openclip_otco.ot import cost as cost_module
 from openclip_otco.ot import ledger as ledger_module
+from openclip_otco.ot.auction import Auction
 from openclip_otco.ot.candidates import CandidateLists
 from openclip_otco.ot.cost import cost_range
 from openclip_otco.ot.ledger import AssignmentLedger, TransportLedger
@@ -199,12 +201,46 @@ def test_a_sale_is_that_of_its_grains(supply, demand, seed, offers):
             assert price[column] == min(cost for _, cost in reference.grains[column])
 
 
+@given(
+    n=st.integers(2, 12),
+    m=st.integers(2, 12),
+    kind=st.sampled_from(["flat", "steep", "zeros", "assignment"]),
+    seed=st.integers(0, 999),
+    additive_error=st.sampled_from([0.02, 0.2]),
+)
+@settings(max_examples=100, deadline=None)
+def test_what_a_row_holds_is_within_a_step_of_its_best_choice(n, m, kind, seed, additive_error):
+    if kind == "assignment":
+        m, a, b = n, torch.full((n,), 1 / n, dtype=torch.float64), torch.full((n,), 1 / n, dtype=torch.float64)
+        ledger = AssignmentLedger(n, torch.device("cpu"))
+    else:
+        a, b = masses(n, seed, kind), masses(m, seed + 1, kind)
+        ledger = TransportLedger(a, b, torch.float64)
+    matrix = random_cost(n, m, seed)
+    low, high = cost_range(DenseCost(matrix))
+    auction = Auction(DenseCost(matrix), low, high - low, a, b, ledger, additive_error, seed)
+
+    def check():
+        rows, columns, _ = ledger.placed()
+        priced = (matrix - low) / (high - low) + auction.price
+        excess = priced[rows, columns] - priced[rows].amin(dim=1)
+        assert (excess <= auction.step + 0.02 * additive_error + 1e-12).all()  # the noise that breaks ties
+
+    auction.bid(10_000)
+    assert auction.done
+    check()
+    step, free_share = auction.step, auction.largest_free_share
+    auction.refine(auction.plan())
+    assert (auction.step < step) != (auction.largest_free_share < free_share)
+    check()
+
+
 @pytest.mark.parametrize(("n", "m"), [(120, 120), (90, 120)])
 def test_price_wars_end_by_longer_steps(monkeypatch, n, m):
     """Costs like `i * j` make every row want the same columns: patience runs out, and the guarantee holds."""
     i, j = torch.arange(n)[:, None] / n, torch.arange(m)[None] / m
     monkeypatch.setattr(combinatorial, "_last_resort", None)  # not needed
-    monkeypatch.setattr(auction, "_PATIENCE", 5)
+    monkeypatch.setattr(auction_module, "_PATIENCE", 5)
     plan = combinatorial_plan(i * j, 0.005)
     assert plan.additive_error <= 0.005
     assert plan.rounds > 50
@@ -215,7 +251,7 @@ def test_price_wars_end_by_longer_steps(monkeypatch, n, m):
 def test_when_the_rounds_run_out(monkeypatch, exact, n, m):
     matrix = random_cost(n, m, 0)
     monkeypatch.setattr(combinatorial, "MOST_ROUNDS", 2)
-    monkeypatch.setattr(auction, "_PATIENCE", 1)
+    monkeypatch.setattr(auction_module, "_PATIENCE", 1)
     if exact == "gives up":
 
         def fail(*_):

@@ -1,7 +1,5 @@
 """Sinkhorn divergence: its properties, its value against a dense reference, its gradient against differences."""
 
-import importlib
-
 import numpy as np
 import pytest
 import torch
@@ -11,8 +9,6 @@ from hypothesis import strategies as st
 from openclip_otco.ot import cost as cost_module
 from openclip_otco.ot import sinkhorn_divergence
 from openclip_otco.ot.divergence import entropic_value
-
-sinkhorn_module = importlib.import_module("openclip_otco.ot.sinkhorn")
 
 
 def unit(n, d, seed, dtype=torch.float64):
