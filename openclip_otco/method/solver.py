@@ -11,7 +11,7 @@ from torch import Tensor
 
 from openclip_otco.method.plan import TransportPlan
 from openclip_otco.ot import CosineCost, combinatorial_plan, exact_plan, nearest_potentials, sinkhorn
-from openclip_otco.ot.cost import Cost, HeldParts, held, tiles
+from openclip_otco.ot.cost import Cost, RememberedParts, as_matrix_if_small, tiles
 from openclip_otco.ot.defaults import ADDITIVE_ERROR, EPSILON
 from openclip_otco.ot.divergence import plan_rows, sinkhorn_divergence
 from openclip_otco.ot.group import ALONE, Group
@@ -119,9 +119,9 @@ class PlanSolver:
         # One process alone goes over all of it; of several the first one does, if it makes an initial plan.
         whole = group.count == 1 or (group.rank == 0 and self.initial_plan in ("combinatorial", "emd"))
         if whole:
-            cost = held(cost)
+            cost = as_matrix_if_small(cost)
         if group.count > 1:
-            cost = HeldParts(cost)
+            cost = RememberedParts(cost)
         result = sinkhorn(
             cost,
             self.epsilon,

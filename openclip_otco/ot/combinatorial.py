@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from openclip_otco.ot.auction import Auction
-from openclip_otco.ot.cost import Cost, CostLike, as_cost, cost_range, full_precision, held
+from openclip_otco.ot.cost import Cost, CostLike, as_cost, as_matrix_if_small, cost_range, full_precision
 from openclip_otco.ot.defaults import ADDITIVE_ERROR
 from openclip_otco.ot.exact import exact_plan
 from openclip_otco.ot.ledger import AssignmentLedger, Ledger, TransportLedger
@@ -55,7 +55,7 @@ def combinatorial_plan(
     """
     if not 0 < additive_error <= 1:
         raise ValueError(f"additive_error must lie in (0, 1]; got {additive_error}")
-    cost = held(as_cost(cost))
+    cost = as_matrix_if_small(as_cost(cost))
     row_mass, col_mass = marginals(cost, a, b)
     low, high = cost_range(cost)
     n, m = cost.shape

@@ -201,7 +201,7 @@ def as_cost(cost: CostLike) -> Cost:
     return cost
 
 
-def held(cost: Cost) -> Cost:
+def as_matrix_if_small(cost: Cost) -> Cost:
     """The cost as a matrix, if it has no more than `DENSE_ENTRIES` entries; else the cost itself.
 
     The matrix is worth its memory to a solver that reads the cost many times.
@@ -210,8 +210,8 @@ def held(cost: Cost) -> Cost:
     return cost if isinstance(cost, DenseCost) or n * m > DENSE_ENTRIES else DenseCost(all_rows(cost))
 
 
-class HeldParts:
-    """A cost that remembers its parts: each part is `held` when it is first asked for, and given again later.
+class RememberedParts:
+    """A cost that remembers its parts: each is made by `as_matrix_if_small` when it is first asked for.
 
     It serves a process that solves with the same few parts of a cost several times.
 
@@ -238,7 +238,7 @@ class HeldParts:
             return self.cost.restricted(rows, cols)
         part = (*rows.indices(self.shape[0]), *cols.indices(self.shape[1]))
         if part not in self._parts:
-            self._parts[part] = held(self.cost.restricted(rows, cols))
+            self._parts[part] = as_matrix_if_small(self.cost.restricted(rows, cols))
         return self._parts[part]
 
     def transposed(self) -> Cost:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from openclip_otco.ot.cost import CostLike, all_rows, as_cost, cost_range, held
+from openclip_otco.ot.cost import CostLike, all_rows, as_cost, as_matrix_if_small, cost_range
 from openclip_otco.ot.marginals import marginals
 from openclip_otco.ot.sparse_plan import SparsePlan, certified
 
@@ -26,7 +26,7 @@ def exact_plan(
     # Not at the top: POT looks for JAX, TensorFlow and CuPy when it is imported, and only this function needs it.
     import ot as pot
 
-    cost = held(as_cost(cost))
+    cost = as_matrix_if_small(as_cost(cost))
     row_mass, col_mass = marginals(cost, a, b)
     matrix = all_rows(cost).to("cpu", torch.float64, copy=True)
     # Into [0, 1]: POT takes negative costs for infeasible ones, and its tolerance is absolute.

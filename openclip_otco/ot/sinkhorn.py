@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from openclip_otco.ot.anderson import Anderson
-from openclip_otco.ot.cost import Cost, CostLike, DenseCost, as_cost, full_precision, held
+from openclip_otco.ot.cost import Cost, CostLike, DenseCost, as_cost, as_matrix_if_small, full_precision
 from openclip_otco.ot.defaults import EPSILON
 from openclip_otco.ot.group import ALONE, Group
 from openclip_otco.ot.half_steps import KernelHalfSteps, StreamedHalfSteps, soft_ctransform
@@ -202,7 +202,7 @@ def _first_half_step(
 ) -> tuple[KernelHalfSteps | StreamedHalfSteps, Tensor]:
     """How to make half-steps for this cost, and the `f`, `(n,)`, that makes the rows exact under `g`, `(m,)`."""
     own_columns, own_rows = group.part(cost.shape[1]), group.part(cost.shape[0])
-    part = held(cost.restricted(slice(None), own_columns) if group.count > 1 else cost)
+    part = as_matrix_if_small(cost.restricted(slice(None), own_columns) if group.count > 1 else cost)
     if isinstance(part, DenseCost):
         kernel = KernelHalfSteps(part, g[own_columns], epsilon, a, b[own_columns], group)
         return kernel, kernel.exact_rows(g[own_columns])

@@ -132,7 +132,7 @@ class PlanCacheCallback(TrainingCallback):
         """Takes up a saved state if all ranks have the same one; else the cache starts empty, and a line says so."""
         group = self.solver.group
         try:
-            # Ranks of different plans or windows would part in their losses, or wait for each other.
+            # Ranks with different plans or windows would compute different losses, or wait for each other.
             mine = group.attempt(lambda: self._take_up(state))
             first = group.first(lambda: mine.clone(), torch.zeros_like(mine))
             group.attempt(lambda: _check_equal(mine, first))
@@ -188,7 +188,7 @@ class PlanCacheCallback(TrainingCallback):
             self.window.skip()
 
     def _make_plan(self, step: int) -> TransportPlan:
-        # It ends on all ranks as it ends on one: a plan that one of them lacks would part their losses.
+        # If it fails on one rank, it fails on all: ranks with different plans would compute different losses.
         plan = self.solver.group.attempt(
             lambda: self.solver.solve(*self._window_features(), step=step, previous=self.cache.newest)
         )
