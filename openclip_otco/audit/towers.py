@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,19 @@ def _names(name: str) -> tuple[str, str]:
     return config["vision_cfg"]["timm_model_name"], config["text_cfg"]["hf_model_name"]
 
 
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without the advice to train a pooler that has no weights: it is not asked, as features are means over tokens."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def _load(name: str, image: str, text: str, device: torch.device) -> UnimodalTowers:
     import timm
     from timm.data import create_transform, resolve_model_data_config
@@ -111,10 +125,12 @@ def _load(name: str, image: str, text: str, device: torch.device) -> UnimodalTow
     image_model = timm.create_model(image, pretrained=True, num_classes=0).eval().to(device)
     # The whole picture, as the caption may speak of things at its edge.
     preparation = resolve_model_data_config(image_model) | {"crop_pct": 1.0}
+    with _quiet_transformers():
+        text_model = AutoModel.from_pretrained(text)
     return UnimodalTowers(
         name,
         image_model,
-        AutoModel.from_pretrained(text).eval().to(device),
+        text_model.eval().to(device),
         AutoTokenizer.from_pretrained(text),
         create_transform(**preparation, is_training=False),
         device,
