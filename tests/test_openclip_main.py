@@ -198,6 +198,17 @@ def test_accumulated_batches_train_alike(lab: Lab, patched: Path) -> None:  # no
     assert losses(lab, "accumulated-main") == pytest.approx(losses(lab, "accumulated-installed"), rel=1e-3)
 
 
+def test_the_tests_of_the_pull_request_pass(patched: Path, tmp_path: Path) -> None:
+    """They are in OpenCLIP's own style, and know nothing of this package."""
+    tests = Path(str(resources.files("openclip_otco.patches"))) / f"open_clip-{VERSION}-tests.patch"
+    subprocess.run(["git", "apply", str(tests.resolve())], cwd=tmp_path, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(patched), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_plugins.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert "9 passed" in done.stdout
+
+
 def test_the_legacy_script_refuses_a_plugin_s_loss(lab: Lab, patched: Path) -> None:  # noqa: F811
     words = ["-m", "open_clip_train.legacy_main", "--model", f"local-dir:{lab.folder}", "--loss", "otco"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(patched), *sys.path])}
