@@ -114,6 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkout", type=Path, help="a clone of OpenCLIP")
     parser.add_argument("--version", action="append", choices=installation.supported_versions(), help="default: all")
+    parser.add_argument("--file", action="append", choices=FILES, help="default: all")
     parser.add_argument("--out", type=Path, required=True, help="JSON Lines; what is there is kept")
     args = parser.parse_args()
     lines = args.out.read_text(encoding="utf-8").splitlines() if args.out.exists() else []
@@ -124,7 +125,7 @@ def main() -> None:
             theirs = extract(args.checkout, version, Path(name, "theirs"))
             ours = extract(args.checkout, version, Path(name, "ours"))
             installation.apply(ours / "src", version)
-            for file in FILES:
+            for file in args.file or FILES:
                 if (version, file) in done or not (ours / "tests" / f"{file}.py").exists():
                     continue
                 found = compare(run(ours, file), run(theirs, file))
