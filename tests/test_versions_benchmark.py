@@ -1,0 +1,108 @@
+"""The benchmark of versions: its cells against setup.cfg, its report against pytest's own, and a second start."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import versions
+from versions import CELLS, TESTS, Cell, cells_left, outcomes, read_lines
+
+ROOT = Path(__file__).parents[1]
+SUITE = """
+import pytest
+
+def test_good(): pass
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_bad(number): assert number == 0
+
+@pytest.fixture
+def broken(): raise ValueError
+
+def test_error(broken): pass
+
+def test_skipped(): pytest.skip("no GPU")
+"""
+
+
+@pytest.fixture
+def options() -> configparser.SectionProxy:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    return setup["options"]
+
+
+def test_the_first_cell_has_the_lower_bounds(options: configparser.SectionProxy) -> None:
+    bounds = set(re.findall(r"^(\w+)(?:\[\w+\])?>=([\d.]+)", options["install_requires"], re.MULTILINE))
+    oldest = CELLS[0]
+    pins = {tuple(line.split("==")) for line in oldest.constraints.split()}
+    assert {(name, _padded(version)) for name, version in pins} == {(name, _padded(bound)) for name, bound in bounds}
+    assert options["python_requires"] == f">={oldest.python}"
+
+
+def test_the_second_cell_has_the_newest_that_was_run(options: configparser.SectionProxy) -> None:
+    # The last cell is that of the newest Python, for which no interpreter was there.
+    *run, last = CELLS
+    assert last.key | {"python": run[1].python} == run[1].key
+    for name in ("python", "torch", "open_clip_torch"):
+        assert getattr(run[1], name) == max((getattr(cell, name) for cell in run), key=_padded)
+    assert f"open_clip_torch[training]>=3.2.0,<={run[1].open_clip_torch}" in options["install_requires"]
+
+
+def test_cells_differ_and_their_tests_are_there() -> None:
+    assert len({tuple(cell.key.values()) for cell in CELLS}) == len(CELLS)
+    for test in TESTS:
+        file, _, name = test.partition("::")
+        assert f"def {name}" in (ROOT / file).read_text(encoding="utf-8")
+
+
+def test_outcomes_are_those_that_pytest_prints(tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text(SUITE)
+    report = tmp_path / "report.xml"
+    words = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", f"--rootdir={tmp_path}", str(tmp_path)]
+    printed = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False).stdout
+    told = pytest.RunResult.parse_summary_nouns(printed.splitlines())
+    found = outcomes(report.read_text())
+    assert (found["passed"], found["skipped"]) == (told["passed"], told["skipped"])
+    assert found["failed"] == told["failed"] + told["errors"]
+    assert found["failures"] == [f"test_some::{name}" for name in ("test_bad[1]", "test_bad[2]", "test_error")]
+    assert [reason.endswith("no GPU") for reason in found["skips"]] == [True]
+    assert found["outcome"] == "failed"
+
+
+def test_no_test_at_all_is_a_failure() -> None:
+    assert outcomes("<testsuites><testsuite/></testsuites>")["outcome"] == "failed"
+    assert outcomes("<testsuite><testcase classname='a' name='b'/></testsuite>")["outcome"] == "passed"
+
+
+def test_a_second_start_runs_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "versions.jsonl"
+    here, missing = Cell(f"{sys.version_info.major}.{sys.version_info.minor}", "2.6.0", "3.2.0"), Cell("9.9", "3", "4")
+    begun: list[Cell] = []
+
+    def measured(cell: Cell) -> dict[str, str]:
+        begun.append(cell)
+        return {"outcome": "failed"}
+
+    monkeypatch.setattr(versions, "CELLS", (missing, here))
+    monkeypatch.setattr(versions, "measured", measured)
+    monkeypatch.setattr(versions.shutil, "which", lambda name: None if "9.9" in name else name)
+    monkeypatch.setattr(versions.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["versions.py", str(file)])
+    for _ in range(2):
+        versions.main()
+    assert begun == [here]
+    assert [line["outcome"] for line in read_lines(file)] == ["not run", "failed"]
+    # Once its Python is there, it is run.
+    assert cells_left((missing, here), read_lines(file)) == [missing]
+
+
+def _padded(version: str) -> tuple[int, ...]:
+    """1.12 is 1.12.0."""
+    numbers = [int(part) for part in version.split(".")]
+    return tuple(numbers + [0] * (3 - len(numbers)))
