@@ -80,6 +80,7 @@ page: install
 	$(BIN)/openclip-otco results docs/results --figures
 	$(BIN)/openclip-otco results docs/results --template audit.md.jinja --out docs/audit.md --figures
 	$(BIN)/openclip-otco results docs/results --template calibrate.md.jinja --out docs/calibrate.md
+	$(BIN)/openclip-otco results docs/results --template compatibility.md.jinja --out docs/compatibility.md
 	$(BIN)/openclip-otco results docs/results --template quickstart.md.jinja --out docs/quickstart.md
 	$(BIN)/openclip-otco results docs/results --template readme.md.jinja --out README.md
 

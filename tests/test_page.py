@@ -308,7 +308,12 @@ def test_a_reliability_diagram(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("page_of", "template"),
-    [("results.md", TEMPLATE), ("audit.md", "audit.md.jinja"), ("calibrate.md", "calibrate.md.jinja")],
+    [
+        ("results.md", TEMPLATE),
+        ("audit.md", "audit.md.jinja"),
+        ("calibrate.md", "calibrate.md.jinja"),
+        ("compatibility.md", "compatibility.md.jinja"),
+    ],
 )
 def test_the_committed_pages_are_those_that_the_runs_give(page_of: str, template: str) -> None:
     found = page(RESULTS, template=template)
