@@ -138,7 +138,7 @@ class DenseCost:
     """A cost that is given as its `(n, m)` matrix.
 
     Raises:
-        ValueError: the matrix is empty, not two-dimensional, or not finite.
+        ValueError: the matrix is empty, not two-dimensional, sparse, or not finite.
     """
 
     def __init__(self, matrix: Tensor) -> None:
@@ -147,6 +147,10 @@ class DenseCost:
             raise ValueError(f"a cost must be a non-empty (n, m) matrix; got {tuple(matrix.shape)}")
         if matrix.is_complex():
             raise ValueError(f"a cost must be real; got {matrix.dtype}")
+        if matrix.layout != torch.strided:
+            raise ValueError(
+                f"a cost must be a dense matrix; got {matrix.layout}. Give each missing entry a large finite cost"
+            )
         self.matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
         # The range shows NaN and infinity in a twentieth of the time of `isfinite`.
         self.range = _range(self.matrix)

@@ -156,6 +156,11 @@ def test_numpy_arrays_are_refused_by_name(call):
         call(np.ones((3, 3)))
 
 
+def test_sparse_matrices_are_refused():
+    with pytest.raises(ValueError, match=r"dense matrix; got torch\.sparse_coo"):
+        as_cost(torch.eye(3).to_sparse())
+
+
 def test_complex_matrices_are_refused():
     with pytest.raises(ValueError, match="must be real"):
         as_cost(torch.ones(2, 2, dtype=torch.complex64))
