@@ -137,7 +137,7 @@ def pot_empirical_sinkhorn(
     x, y = tensor(X_s), tensor(X_t)
     if metric == "sqeuclidean":
         cost: Cost = squared_distances(x, y)
-        matrix = cost_module.whole(cost)
+        matrix = cost_module.all_rows(cost)
     else:
         matrix = torch.cdist(x, y)
         cost = DenseCost(matrix)
