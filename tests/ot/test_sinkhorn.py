@@ -143,8 +143,7 @@ def test_further_iterations_never_raise_the_error(path):
     """An accelerated point may be worse than the one before; the result is the best of them."""
     matrix = 1 - unit(20, 4, 1) @ unit(20, 4, 2).T
     errors = [sinkhorn(matrix, 0.02, tol=1e-15, max_iterations=k).marginal_error for k in range(1, 40)]
-    # Each is a run of its own, and where its tensors lie in memory decides how products are rounded.
-    assert all(late <= early * (1 + 1e-9) for early, late in pairwise(errors))
+    assert all(late <= early for early, late in pairwise(errors))
     assert errors[-1] < 2e-3 * errors[0]
 
 
