@@ -102,6 +102,16 @@ def test_there_and_back(original: Path, tmp_path: Path) -> None:
         assert installation._read(folder / file) == installation._read(original / file)
 
 
+def test_what_a_kill_left_half_patched_is_finished(original: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "src"
+    shutil.copytree(original, folder)
+    first, *_ = installation.load_patch(VERSION)
+    (folder / first.path).write_bytes(first.apply((folder / first.path).read_bytes()) or b"")
+    assert installation.status(folder).state is State.PARTIAL
+    installation.apply(folder)
+    assert installation.status(folder).state is State.PATCHED
+
+
 def test_another_commit_is_named(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "src"
     shutil.copytree(original, folder)

@@ -142,7 +142,7 @@ def _patchable(target: Path | None, version: str | None) -> Status:
     if current.state is State.UNSUPPORTED:
         known = ", ".join(supported_versions())
         raise PatchError(f"there is no patch for {DISTRIBUTION} {current.version}, only for {known}")
-    if current.state in (State.MODIFIED, State.PARTIAL) and current.version in COMMITS:
+    if current.state is State.MODIFIED and current.version in COMMITS:
         commit = COMMITS[current.version]
         raise PatchError(f"{current.folder} is not OpenCLIP's commit {commit}, which the patch is for: check that out")
     if current.state is State.MODIFIED:
