@@ -17,7 +17,6 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,67 +103,30 @@ def main() -> None:
 
 
 def synthetic(args: argparse.Namespace) -> dict[str, Any]:
-    """Peaks of two audits: of a tenth of the pairs, and of all pairs."""
-    import torch
+    """Peaks of two audits, of a tenth of the pairs and of all of them: while judging, and while ranking."""
+    from made_up_pairs import MadeUpShards, audit_made_up_pairs, settings
 
-    from openclip_otco.audit import audit, judging
-    from openclip_otco.audit.encoder import PairEncoder
-    from openclip_otco.audit.pairs import Cursor, Pair
-    from openclip_otco.audit.settings import JudgeSettings
-    from openclip_otco.audit.source import Shards
+    from openclip_otco.audit import audit
 
-    def stream(source: Shards, *_: Any) -> Iterator[tuple[list[Pair], Cursor]]:
-        pairs, mixing = int(source.data), torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-        for start in range(0, pairs, args.batch_size):
-            generator = torch.Generator().manual_seed(start)
-            images = torch.randn(min(args.batch_size, pairs - start), 64, generator=generator)
-            texts = (images + torch.randn(images.shape, generator=generator)) @ mixing
-            batch = []
-            for row, (image, text) in enumerate(zip(images, texts, strict=True)):
-                number = start + row
-                # A thumbnail as large as real ones are.
-                thumbnail = number.to_bytes(8, "little") * 1500
-                place, caption = (0, number, 0), f"a caption of some length, of picture number {number}"
-                digest = number.to_bytes(8, "little")
-                cursor = Cursor(0, number)
-                batch.append(Pair(place, str(number), caption, digest, thumbnail, image, text, None, cursor))
-            yield batch, Cursor(0, start + len(batch), 0, start + len(batch))
-
-    class Made(Shards):
-        def __init__(self, pairs: int) -> None:
-            self.data, self.caption_lines = str(pairs), False
-            self.names = ["made up"]
-
-        def total(self) -> int:
-            return int(self.data)
-
-        def fingerprint(self) -> list[Any]:
-            return [self.data]
-
-    class Nobody:
-        device = torch.device("cpu")
-
-    judging.stream = stream
-    audit.load_encoder = lambda settings: PairEncoder(None, Nobody())  # type: ignore[arg-type]
+    audit_made_up_pairs(args.batch_size)
+    write_report = audit.write_report
     found: dict[str, Any] = {"window": args.window, "pairs": [], "peak_mib": [], "ranking_mib": [], "minutes": []}
     for pairs in (args.pairs // 10, args.pairs):
-        started, peak, report = time.perf_counter(), Peak(), audit.write_report
-        judged = []
+        started, peak = time.perf_counter(), Peak()
+        judging = []
 
-        def report_and_note(*given: Any, peak: Peak = peak, judged: list[int] = judged, report: Any = report) -> Any:
-            judged.append(peak.bytes)
+        def note_and_report(*given: Any, peak: Peak = peak, judging: list[int] = judging) -> Any:
+            judging.append(peak.bytes)
             peak.bytes = peak.now()
-            return report(*given)
+            return write_report(*given)
 
+        audit.write_report = note_and_report
         peak.start()
         with tempfile.TemporaryDirectory() as folder:
-            audit.write_report = report_and_note
-            settings = JudgeSettings(towers="made up", window=args.window)
-            audit.run_audit(Made(pairs), Path(folder) / "out", settings)
-            audit.write_report = report
+            audit.run_audit(MadeUpShards(pairs), Path(folder) / "out", settings(args.window))
         peak.end()
         found["pairs"].append(pairs)
-        found["peak_mib"].append(round(judged[0] / 2**20))
+        found["peak_mib"].append(round(judging[0] / 2**20))
         found["ranking_mib"].append(round(peak.bytes / 2**20))
         found["minutes"].append(round((time.perf_counter() - started) / 60, 1))
     return found

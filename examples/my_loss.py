@@ -77,7 +77,6 @@ class MyLossPlugin:
             cache_labels=True,
             rank=args.rank,
             world_size=args.world_size,
-            use_horovod=args.horovod,
         )
 
     def create_callbacks(self, args: argparse.Namespace, loss: object) -> list[Any]:

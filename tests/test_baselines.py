@@ -421,7 +421,7 @@ def test_every_loss_parses_with_its_defaults(loss: str) -> None:
     args = parse(loss=loss)
     for option in (option for options in OPTIONS.values() for option in options):
         assert getattr(args, option.dest) == option.default
-        assert option.accepts(option.default)
+        assert option.rule.accepts(option.default)
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_any_arguments_parse_or_end_with_code_2_and_a_reason(parse_args, argv, l
         assert code in (0, 2)  # 0: an abbreviation of --help
         assert not code or ": error: " in stderr.getvalue()
     elif loss == "otco":
-        assert all(option.accepts(getattr(args, option.dest)) for option in OPTIONS)
+        assert all(option.rule.accepts(getattr(args, option.dest)) for option in OPTIONS)
 
 
 def test_open_clips_parser_hands_the_flags_to_the_plugin(parse_args, capsys):

@@ -85,7 +85,7 @@ class MomentumCallback(TrainingCallback):
 
 
 def gathered(pairs: Features, world_size: int) -> Features:
-    """The pairs of all ranks in their order, without gradient, equal to the bit on all of them."""
+    """The pairs of all `world_size` ranks in their order, without gradient, equal to the bit on all of them."""
     if world_size == 1:
         return pairs
     # One collective for both: the towers give features of the same shape and type.

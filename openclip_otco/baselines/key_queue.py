@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from openclip_otco.method.features import Features
+from openclip_otco.rules import AT_LEAST_ONE
 
 
 class KeyQueue:
@@ -22,8 +23,7 @@ class KeyQueue:
     """
 
     def __init__(self, size: int) -> None:
-        if size < 1:
-            raise ValueError(f"size must be at least 1; got {size}")
+        AT_LEAST_ONE.check(size=size)
         self.size = size
         self.keys: Features | None = None
 
@@ -50,7 +50,7 @@ class KeyQueue:
         return {} if self.keys is None else self.keys._asdict()
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str) -> None:
-        """Takes up a saved state; of a larger queue it takes the newest pairs.
+        """Takes up a saved state, on `device`; of a larger queue it takes the newest pairs.
 
         Raises:
             ValueError: the state is not one of a queue.

@@ -44,7 +44,12 @@ class MoCoLoss(nn.Module):
     ) -> dict[str, Tensor] | Tensor:
         """The loss of `(B, d)` unit-norm features and keys; row `i` of all four is one pair.
 
-        `logit_bias` shifts all logits of a softmax alike, so that it has no effect.
+        Args:
+            image_features, text_features: this rank's.
+            logit_scale: factor of the cosines, a scalar.
+            logit_bias: shifts all logits of a softmax alike, so that it has no effect.
+            image_keys, text_keys: `(B, d)`, the momentum encoders' features of the same pairs.
+            output_dict: whether to return the loss as `contrastive_loss` in a dict.
         """
         # With gradient accumulation the last call of a step holds the keys of all its batches.
         self.keys = Features(image_keys.detach(), text_keys.detach())

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from openclip_otco.rules import SHARE_BELOW_ONE
 from openclip_otco.train.model_call import images_and_texts
 
 
@@ -32,8 +33,7 @@ class MomentumEncoders:
     """
 
     def __init__(self, model: nn.Module, momentum: float) -> None:
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must lie in [0, 1); got {momentum}")
+        SHARE_BELOW_ONE.check(momentum=momentum)
         self.model = model
         self.encoder: Any = copy.deepcopy(model).requires_grad_(False).train()
         self._average = get_ema_multi_avg_fn(momentum)

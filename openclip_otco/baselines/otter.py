@@ -12,6 +12,7 @@ from torch import Tensor
 from openclip_otco.baselines.callback import gathered
 from openclip_otco.method.features import Features
 from openclip_otco.ot import sinkhorn
+from openclip_otco.rules import POSITIVE, SHARE
 
 # η of the paper, in units of ε where that is large: it takes all mass from own pairs, as exp(-100) is zero in float32.
 _DIAGONAL = 100.0
@@ -44,10 +45,8 @@ class OTTERLoss(ClipLoss):
         **clip_options: Any,
     ) -> None:
         super().__init__(**clip_options)
-        if not 0 <= share <= 1:
-            raise ValueError(f"share must lie in [0, 1]; got {share}")
-        if not epsilon > 0:
-            raise ValueError(f"epsilon must be positive; got {epsilon}")
+        SHARE.check(share=share)
+        POSITIVE.check(epsilon=epsilon)
         self.share, self.epsilon = share, epsilon
 
     def forward(
@@ -63,7 +62,12 @@ class OTTERLoss(ClipLoss):
     ) -> dict[str, Tensor] | Tensor:
         """The loss of `(B, d)` unit-norm image and text features; row `i` of all is one pair.
 
-        `image_keys` and `text_keys` are the teacher's features of them; where there are none the model teaches itself.
+        Args:
+            image_features, text_features: this rank's.
+            logit_scale: factor of the cosines, a scalar.
+            logit_bias: added to the logits, a scalar; `None`: nothing.
+            image_keys, text_keys: `(B, d)`, the teacher's features of the same pairs; `None`: the model teaches itself.
+            output_dict: whether to return a dict.
 
         Returns:
             The sum, or with `output_dict` its weighted terms `contrastive_loss` and `otter_loss`.
@@ -86,7 +90,10 @@ class OTTERLoss(ClipLoss):
 
 @torch.no_grad()
 def soft_targets(teacher: Features, epsilon: float) -> tuple[Tensor, Tensor]:
-    """The plan between all images and texts of `(N, d)` teacher features, and its transpose, rows scaled to sum 1."""
+    """The plan between all images and texts of `(N, d)` teacher features, and its transpose, rows scaled to sum 1.
+
+    `epsilon` is that of the plan, in units of the similarity.
+    """
     with torch.autocast(teacher.images.device.type, enabled=False):
         images, texts = (side.float() for side in teacher)
         n = len(images)

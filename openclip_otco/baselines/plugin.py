@@ -15,6 +15,7 @@ from openclip_otco.baselines.otter import OTTERLoss
 from openclip_otco.baselines.rcl import RCLLoss
 from openclip_otco.baselines.simclr import SimCLRLoss
 from openclip_otco.baselines.views import RandomViews, SecondView
+from openclip_otco.rules import AT_LEAST_ONE, POSITIVE, SHARE, SHARE_BELOW_ONE
 from openclip_otco.train.options import (
     Option,
     add_options,
@@ -22,33 +23,22 @@ from openclip_otco.train.options import (
     check_options,
     check_run,
     clip_options,
-    count,
     end,
-    positive,
-    share,
 )
-
-
-def _below_one(value: float) -> bool:
-    return 0 <= value < 1
-
 
 OPTIONS = {
     "moco": (
-        Option("--moco-momentum", 0.995, "Momentum of the key encoders.", _below_one, "in [0, 1)"),
-        Option("--moco-queue-size", 4096, "Pairs of keys in the queues, the negatives of each query.", count,
-               "at least 1"),
+        Option("--moco-momentum", 0.995, "Momentum of the key encoders.", SHARE_BELOW_ONE),
+        Option("--moco-queue-size", 4096, "Pairs of keys in the queues, the negatives of each query.", AT_LEAST_ONE),
     ),
     "simclr": (
-        Option("--simclr-weight", 1.0, "Weight of the loss between two views of the image.", positive, "positive"),
-        Option("--simclr-temperature", 0.1, "Temperature of that loss.", positive, "positive"),
+        Option("--simclr-weight", 1.0, "Weight of the loss between two views of the image.", POSITIVE),
+        Option("--simclr-temperature", 0.1, "Temperature of that loss.", POSITIVE),
     ),
     "otter": (
-        Option("--otter-share", 0.5, "Share of the transport plan in the targets, 0 = off.", share, "in [0, 1]"),
-        Option("--otter-epsilon", 0.15, "Entropic regularization of the plan, in units of the similarity.", positive,
-               "positive"),
-        Option("--otter-momentum", 0.995, "Momentum of the teacher, 0 = the model's own features.", _below_one,
-               "in [0, 1)"),
+        Option("--otter-share", 0.5, "Share of the transport plan in the targets, 0 = off.", SHARE),
+        Option("--otter-epsilon", 0.15, "Entropic regularization of the plan, in units of the similarity.", POSITIVE),
+        Option("--otter-momentum", 0.995, "Momentum of the teacher, 0 = the model's own features.", SHARE_BELOW_ONE),
     ),
     "rcl": (),
 }  # fmt: skip

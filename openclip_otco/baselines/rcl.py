@@ -40,6 +40,12 @@ class RCLLoss(ClipLoss):
     ) -> dict[str, Tensor] | Tensor:
         """The loss of `(B, d)` unit-norm image and text features; row `i` of both is one pair.
 
+        Args:
+            image_features, text_features: this rank's.
+            logit_scale: factor of the cosines, a scalar.
+            logit_bias: added to the logits, a scalar; `None`: nothing.
+            output_dict: whether to return a dict.
+
         Returns:
             The loss, or with `output_dict` that as `complementary_loss`.
         """

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss, gather_features
 from torch import Tensor
 
+from openclip_otco.rules import POSITIVE
+
 
 class SimCLRLoss(ClipLoss):
     """`ClipLoss`, plus NT-Xent (Chen et al., ICML 2020, equation 1) between two views of the image.
@@ -35,8 +37,7 @@ class SimCLRLoss(ClipLoss):
         **clip_options: Any,
     ) -> None:
         super().__init__(**clip_options)
-        if not (weight > 0 and temperature > 0):
-            raise ValueError(f"weight and temperature must be positive; got {weight} and {temperature}")
+        POSITIVE.check(weight=weight, temperature=temperature)
         self.weight, self.temperature = weight, temperature
 
     def forward(
@@ -49,7 +50,14 @@ class SimCLRLoss(ClipLoss):
         view_features: Tensor,
         output_dict: bool = False,
     ) -> dict[str, Tensor] | Tensor:
-        """The loss of `(B, d)` unit-norm features of images, texts and second views; row `i` of all is one sample.
+        """The loss of `(B, d)` unit-norm features; row `i` of all is one sample.
+
+        Args:
+            image_features, text_features: this rank's.
+            logit_scale: factor of the cosines, a scalar.
+            logit_bias: added to the logits, a scalar; `None`: nothing.
+            view_features: `(B, d)`, this rank's, of second views of the images.
+            output_dict: whether to return a dict.
 
         Returns:
             The sum, or with `output_dict` its weighted terms `contrastive_loss` and `simclr_loss`.

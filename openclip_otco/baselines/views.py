@@ -126,7 +126,10 @@ def recolour(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: T
 
 
 def blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Gaussian blur of `(B, C, H, W)` images, each with its own `sigma`, `(B,)`, in pixels; 0 changes nothing."""
+    """Gaussian blur of `(B, C, H, W)` images, each with its own `sigma`, `(B,)`, in pixels; 0 changes nothing.
+
+    The kernel is cut off `radius` pixels from its middle.
+    """
     b, c, h, w = images.shape
     radius = min(radius, h - 1, w - 1)
     offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 def retriever_of_checkpoint(checkpoint: Path, epsilon: float | None, device: torch.device | str) -> CalibratedRetriever:
     """A retriever with the plans that `--loss otco` cached.
 
+    Args:
+        checkpoint: of the run.
+        epsilon: of the plans, which are solved again with it; `None`: as they were cached.
+        device: where to search.
+
     Raises:
         UserError: the checkpoint holds no plans that can calibrate, or `epsilon` (`--calibrate-epsilon`) is too small.
     """
@@ -44,6 +49,10 @@ def retriever_of_shards(
 ) -> CalibratedRetriever:
     """A retriever with a plan of the first `pairs` pairs of the training shards `data`.
 
+    Args:
+        epsilon: of the plan, in units of the cosine cost.
+        encoder, data, pairs, batch_size, workers, by_line: as in `training_features`.
+
     Raises:
         UserError: shards or `epsilon` (`--calibrate-epsilon`) that cannot be used.
     """
@@ -60,6 +69,13 @@ def training_features(
     """Image and text features, `(N, d)` each, of the first `pairs` pairs, or of all where there are fewer.
 
     An image with several captions makes as many pairs.
+
+    Args:
+        encoder: the model.
+        data: shards, as for `--train-data`.
+        batch_size: images encoded at once.
+        workers: processes that decode, 0 for none.
+        by_line: whether each line of a `txt` is a caption.
 
     Raises:
         UserError: shards that cannot be read, or hold no captions.

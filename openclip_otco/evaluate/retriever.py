@@ -21,6 +21,7 @@ from torch import Tensor
 from openclip_otco.method.plan import TransportPlan
 from openclip_otco.method.solver import PlanSolver
 from openclip_otco.ot.cost import full_precision
+from openclip_otco.rules import AT_LEAST_ONE, one_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -127,8 +128,7 @@ class CalibratedRetriever:
                 f"image_features and text_features must be pairs, (N, d) each; got {tuple(image_features.shape)} "
                 f"and {tuple(text_features.shape)}"
             )
-        if max_support < 1:
-            raise ValueError(f"max_support must be at least 1; got {max_support}")
+        AT_LEAST_ONE.check(max_support=max_support)
         if device is None:
             device = image_features.device if isinstance(image_features, Tensor) else "cpu"
         chosen: Tensor | slice = slice(None)
@@ -262,8 +262,7 @@ class CalibratedRetriever:
         return torch.stack(found).mean(dim=0)
 
     def _check(self, features: Array, way: str, name: str) -> None:
-        if way not in WAYS:
-            raise ValueError(f"way must be one of {', '.join(WAYS)}; got {way!r}")
+        one_of(WAYS).check(way=way)
         width = self.plans[0].image_features.shape[1]
         if _shape(features, name)[1] != width:
             raise ValueError(f"{name} must be {width} wide, as the plan's features are; got {tuple(features.shape)}")

@@ -12,10 +12,10 @@ from openclip_otco.runs.encoder import Encoder
 
 
 def read_lines(flag: str, path: Path) -> list[str]:
-    """The lines of a text file that are not empty.
+    """The lines of the text file `path` that are not empty.
 
     Raises:
-        UserError: the file cannot be read, or all lines are empty.
+        UserError: names `flag`; the file cannot be read, or all lines are empty.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -27,7 +27,9 @@ def read_lines(flag: str, path: Path) -> list[str]:
 
 
 def read_templates(path: Path) -> list[str]:
-    """Prompts with one place for the class name: `{c}` in the file, as in clip-benchmark, or `{}`; `{}` in the result.
+    """The prompts in the file `path`. Each has one place for the class name.
+
+    In the file that is `{c}`, as in clip-benchmark, or `{}`; in the result it is `{}`.
 
     Raises:
         UserError: the file cannot be read, or a line has no place for the class name.
@@ -40,7 +42,13 @@ def read_templates(path: Path) -> list[str]:
 
 
 def class_features(encoder: Encoder, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """`(C, d)`, unit norm: the mean feature of each class over its prompts, computed by OpenCLIP."""
+    """`(C, d)`, unit norm: the mean feature of each class over its prompts, computed by OpenCLIP.
+
+    Args:
+        encoder: the model.
+        names: of the `C` classes.
+        templates: prompts with `{}` where the name goes.
+    """
     from open_clip import build_zero_shot_classifier
 
     # Functions instead of `format`, as a template may hold other braces.

@@ -40,7 +40,13 @@ class Input:
 
 
 def lacking(table: FeatureTable, pairs: Sequence[ShardPairs], kind: str) -> list[Tensor]:
-    """For each shard the keys `(n,)` that the table knows nothing of and no earlier shard holds."""
+    """For each shard the keys `(n,)` that the table knows nothing of and no earlier shard holds.
+
+    Args:
+        table: of the features.
+        pairs: of each shard.
+        kind: `image` or `text`: of which of the two.
+    """
     keys = torch.cat([getattr(each, kind) for each in pairs])
     shard = torch.repeat_interleave(torch.tensor([len(each.image) for each in pairs]))
     # A stable sort: the first of equal keys is the one of the earliest shard.
@@ -68,8 +74,10 @@ def fill(
     """Encodes what `keys` name and adds it to the table, a part at a time.
 
     Args:
+        table: of images or of captions.
         shards: tar files.
         keys: of the images or captions that are to be encoded, for each shard.
+        source: how they are decoded and encoded.
         workers: processes that decode, 0 for none.
         tell: whether to log how far it is.
 

@@ -27,6 +27,7 @@ class SeededBatches(Sampler[list[int]]):
         steps: of an epoch.
         seed: not negative.
         epoch: called when an epoch starts; its number, from 0, decides the order as the seed does.
+        rank, world_size: which of how many processes this one is.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class SeededBatches(Sampler[list[int]]):
 
 
 class BatchesInOrder(Sampler[list[int]]):
-    """All pairs in their order, the last batch with what is left; as OpenCLIP validates."""
+    """All `size` pairs in their order, `batch` at a time, the last time what is left; as OpenCLIP validates."""
 
     def __init__(self, size: int, batch: int) -> None:
         self.size, self.batch = size, batch
@@ -88,7 +89,14 @@ class PairTable(Dataset[Any]):
 def loader(
     pairs: PairTable, batches: Sampler[list[int]], workers: int, pin_memory: bool, named: bool = False
 ) -> DataLoader[Any]:
-    """Batches as OpenCLIP's loaders give them: pairs, or if `named` dicts of `image` and `text`."""
+    """Batches as OpenCLIP's loaders give them: pairs, or if `named` dicts of `image` and `text`.
+
+    Args:
+        pairs: the pairs.
+        batches: which of them make each batch.
+        workers: processes that read, 0 for none.
+        pin_memory: whether batches lie in memory from which a GPU copies fast.
+    """
     return DataLoader(
         pairs,
         batch_sampler=batches,

@@ -43,14 +43,17 @@ class Sample:
 
 
 def evenly_by_confidence(plan: TransportPlan, count: int) -> list[int]:
-    """Indices of `count` pairs of the support, from the least to the most confident, evenly by rank."""
+    """Indices of `count` pairs of the support of `plan`, from the least to the most confident, evenly by rank."""
     order = support_confidence(plan).argsort()
     places = torch.linspace(0, len(plan) - 1, min(count, len(plan))).round().long()
     return order[places].tolist()
 
 
 def hardest_negatives(plan: TransportPlan, chosen: Sequence[int], count: int) -> list[Sample]:
-    """The pairs `chosen`, each with `count` negatives each way, or all of the other pairs where there are fewer."""
+    """The pairs `chosen`, each with its `count` hardest negatives each way, or with all where there are fewer.
+
+    `chosen` are indices into the support of `plan`. Hardest are the others that get most of the pair's mass.
+    """
     indices, everyone = torch.tensor(chosen, dtype=torch.long), torch.arange(len(plan))
     cosines = plan.image_features @ plan.text_features.T
     confidence = support_confidence(plan)

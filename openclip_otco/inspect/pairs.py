@@ -42,6 +42,11 @@ class Pairs:
 def encode_pairs(encoder: Encoder, data: str, count: int, batch_size: int, workers: int) -> Pairs:
     """The first `count` pairs of the shards `data`; of an image with several captions, the first caption.
 
+    Args:
+        encoder: the model.
+        batch_size: images encoded at once.
+        workers: processes that decode, 0 for none.
+
     Raises:
         UserError: a shard cannot be read, features are not finite, or there are fewer than two pairs.
     """

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from openclip_otco.method.plan import TransportPlan
+from openclip_otco.rules import AT_LEAST_ONE
 
 
 class PlanCache:
@@ -25,8 +26,7 @@ class PlanCache:
     """
 
     def __init__(self, size: int = 4, seed: int = 0) -> None:
-        if size < 1:
-            raise ValueError(f"a plan cache must keep at least 1 plan; got {size}")
+        AT_LEAST_ONE.check(size=size)
         self.size, self.seed = size, seed
         self._plans: OrderedDict[int, TransportPlan] = OrderedDict()
 
@@ -75,7 +75,7 @@ class PlanCache:
         return {"plans": [plan.state_dict() for plan in self._plans.values()]}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
-        """Takes up saved plans, the newest ones where there are more than `size`.
+        """Takes up saved plans, on `device`; the newest ones where there are more than `size`.
 
         Raises:
             KeyError, TypeError, ValueError: the state is none. The cache is as it was then.

@@ -41,7 +41,12 @@ class PlanExchange:
     matched_share: Tensor | None = None
 
     def set_plans(self, drawn: Sequence[TransportPlan], newest: TransportPlan | None) -> None:
-        """The plans of the coming steps."""
+        """Sets the plans of the coming steps.
+
+        Args:
+            drawn: those that generate transported pairs.
+            newest: the one that measures trust and weighs negatives; `None`: there is none.
+        """
         self.drawn, self.newest = tuple(drawn), newest
 
     def plans(self) -> tuple[TransportPlan, ...]:

@@ -18,6 +18,7 @@ from openclip_otco.method.posterior import log_posterior, matched_share
 from openclip_otco.method.weights import NEGATIVES, log_negative_weights, tempered
 from openclip_otco.ot import sinkhorn_divergence
 from openclip_otco.ot.defaults import EPSILON
+from openclip_otco.rules import NOT_NEGATIVE, POSITIVE, SHARE, one_of
 
 # What trust in a pair is: the probability that it is matched, or the method's plan confidence.
 TRUSTS = ("posterior", "share")
@@ -70,7 +71,7 @@ class OTCOLoss(ClipLoss):
         exchange: where plans are set, and where the loss says what it found in a step (`PlanExchange`).
 
     Raises:
-        ValueError: a negative weight, a share outside `[0, 1]`, or a trust or negatives that there are not.
+        ValueError: a setting out of its range, or a name for `trust` or `negatives` that there is not.
 
     Example:
         ```python
@@ -95,20 +96,16 @@ class OTCOLoss(ClipLoss):
         **clip_options: Any,
     ) -> None:
         super().__init__(**clip_options)
-        for name, weight in (
-            ("confidence", confidence),
-            ("transport_weight", transport_weight),
-            ("divergence_weight", divergence_weight),
-            ("negative_power", negative_power),
-        ):
-            if not weight >= 0:
-                raise ValueError(f"{name} must not be negative; got {weight}")
-        if not 0 <= least_share <= 1:
-            raise ValueError(f"least_share must lie in [0, 1]; got {least_share}")
-        if trust not in TRUSTS:
-            raise ValueError(f"trust must be one of {', '.join(TRUSTS)}; got {trust!r}")
-        if negatives not in NEGATIVES:
-            raise ValueError(f"negatives must be one of {', '.join(NEGATIVES)}; got {negatives!r}")
+        NOT_NEGATIVE.check(
+            confidence=confidence,
+            transport_weight=transport_weight,
+            divergence_weight=divergence_weight,
+            negative_power=negative_power,
+        )
+        POSITIVE.check(epsilon=epsilon)
+        SHARE.check(least_share=least_share)
+        one_of(TRUSTS).check(trust=trust)
+        one_of(NEGATIVES).check(negatives=negatives)
         self.confidence = confidence
         self.trust = trust
         self.negatives, self.negative_power = negatives, negative_power
@@ -132,6 +129,12 @@ class OTCOLoss(ClipLoss):
         output_dict: bool = False,
     ) -> dict[str, Tensor] | Tensor:
         """The loss of `(B, d)` unit-norm image and text features; row `i` of both is one pair.
+
+        Args:
+            image_features, text_features: this rank's.
+            logit_scale: factor of the cosines, a scalar.
+            logit_bias: added to the logits, a scalar; `None`: nothing.
+            output_dict: whether to return a dict.
 
         Returns:
             The sum, or with `output_dict` its weighted terms: `contrastive_loss`, and where they act `transport_loss`

@@ -39,5 +39,9 @@ def log_posterior(log_ratio: Tensor, share: Tensor) -> Tensor:
     """`log( r_i / (π r_i + 1 - π) )`, `(n,)`: the log-probability that a pair is matched, less the constant `log π`.
 
     Without it the value is finite for `π = 0` too, where only the order of the pairs is left; with `π = 1` all are 0.
+
+    Args:
+        log_ratio: `(n,)`, as in `matched_share`.
+        share: `π`, a scalar.
     """
     return log_ratio - torch.logaddexp(share.log() + log_ratio, torch.log1p(-share))

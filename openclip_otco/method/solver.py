@@ -15,6 +15,7 @@ from openclip_otco.ot.cost import Cost, RememberedParts, as_matrix_if_small, til
 from openclip_otco.ot.defaults import ADDITIVE_ERROR, EPSILON
 from openclip_otco.ot.divergence import plan_rows, sinkhorn_divergence
 from openclip_otco.ot.group import ALONE, Group
+from openclip_otco.rules import AT_LEAST_ONE, POSITIVE, SHARE_ABOVE_ZERO, one_of
 
 INITIAL_PLANS = ("combinatorial", "emd", "previous", "none")
 COUPLINGS = ("transport", "softmax")
@@ -56,14 +57,11 @@ class PlanSolver:
     coupling: str = "transport"
 
     def __post_init__(self) -> None:
-        if self.coupling not in COUPLINGS:
-            raise ValueError(f"coupling must be one of {', '.join(COUPLINGS)}; got {self.coupling!r}")
-        if self.initial_plan not in INITIAL_PLANS:
-            raise ValueError(f"initial_plan must be one of {', '.join(INITIAL_PLANS)}; got {self.initial_plan!r}")
-        if not self.epsilon > 0:
-            raise ValueError(f"epsilon must be positive; got {self.epsilon}")
-        if not 0 < self.additive_error <= 1:
-            raise ValueError(f"additive_error must lie in (0, 1]; got {self.additive_error}")
+        one_of(COUPLINGS).check(coupling=self.coupling)
+        one_of(INITIAL_PLANS).check(initial_plan=self.initial_plan)
+        POSITIVE.check(epsilon=self.epsilon, tolerance=self.tolerance)
+        SHARE_ABOVE_ZERO.check(additive_error=self.additive_error)
+        AT_LEAST_ONE.check(max_iterations=self.max_iterations)
 
     def solve(
         self, image_features: Tensor, text_features: Tensor, step: int = 0, previous: TransportPlan | None = None

@@ -24,13 +24,13 @@ def row_shares(plan: TransportPlan, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def own_shares(plan: TransportPlan) -> Tensor:
-    """`N σ_ii`, `(N,)`: what each pair of the support gets of its image's mass, and of its text's."""
+    """`N σ_ii`, `(N,)`: what each pair of the support of `plan` gets of its image's mass, and of its text's."""
     similarity = (plan.image_features * plan.text_features).sum(dim=1)
     return ((plan.f + plan.g - 1 + similarity) / plan.epsilon - math.log(len(plan))).exp()
 
 
 def support_confidence(plan: TransportPlan) -> Tensor:
-    """The confidence of the support's own pairs, `(N,)`: `p(t_i | v_i) · p(v_i | t_i)`.
+    """The confidence of the pairs in the support of `plan`, `(N,)`: `p(t_i | v_i) · p(v_i | t_i)`.
 
     `TransportPlan.confidence` is for pairs that join the support; of one that is in it, each factor is `N σ_ii`.
     """

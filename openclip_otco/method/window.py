@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openclip_otco.rules import AT_LEAST_ONE
+
 
 class FeatureWindow:
     """The image and text features of the last optimizer steps, at most `max_support` pairs of them.
@@ -24,8 +26,7 @@ class FeatureWindow:
     """
 
     def __init__(self, steps: int = 8, max_support: int = 8192, seed: int = 0) -> None:
-        if steps < 1 or max_support < 1:
-            raise ValueError(f"steps and max_support must be at least 1; got {steps} and {max_support}")
+        AT_LEAST_ONE.check(steps=steps, max_support=max_support)
         self.steps, self.max_support, self.seed = steps, max_support, seed
         self._batches: list[tuple[Tensor, Tensor]] = []
         self.dropped = 0
@@ -40,7 +41,12 @@ class FeatureWindow:
         return len(self) >= self.steps
 
     def add(self, image_features: Tensor, text_features: Tensor, step: int) -> None:
-        """Takes the `(B, d)` features of one step."""
+        """Takes the features of one step.
+
+        Args:
+            image_features, text_features: `(B, d)`, row `i` of both being one pair; kept in float32, without gradient.
+            step: optimizer step; with the seed it decides which pairs stay where there are too many.
+        """
         images, texts = image_features.detach().float(), text_features.detach().float()
         # The k-th step gets the k-th part of the cap, so that the parts add up to it exactly.
         k = len(self)
@@ -92,7 +98,7 @@ class FeatureWindow:
         return {"batches": [list(batch) for batch in self._batches], "dropped": self.dropped}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
-        """Takes up a saved window; of a longer or larger one, what this window has room for.
+        """Takes up a saved window, on `device`; of a longer or larger one, what this window has room for.
 
         Raises:
             KeyError, TypeError, ValueError: the state is none. The window is empty then.

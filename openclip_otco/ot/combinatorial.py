@@ -25,6 +25,7 @@ from openclip_otco.ot.exact import exact_plan
 from openclip_otco.ot.ledger import AssignmentLedger, Ledger, TransportLedger
 from openclip_otco.ot.marginals import marginals
 from openclip_otco.ot.sparse_plan import SparsePlan, certified
+from openclip_otco.rules import SHARE_ABOVE_ZERO
 
 # A plan that is not proven good after so many rounds gives way to the exact solver, where the matrix is this small.
 MOST_ROUNDS = 5000
@@ -53,8 +54,7 @@ def combinatorial_plan(
     Raises:
         ValueError: `δ` outside `(0, 1]`, or a cost or marginals that are no such thing.
     """
-    if not 0 < additive_error <= 1:
-        raise ValueError(f"additive_error must lie in (0, 1]; got {additive_error}")
+    SHARE_ABOVE_ZERO.check(additive_error=additive_error)
     cost = as_matrix_if_small(as_cost(cost))
     row_mass, col_mass = marginals(cost, a, b)
     low, high = cost_range(cost)

@@ -47,7 +47,7 @@ class Cost(Protocol):
         ...
 
     def restricted(self, rows: slice | Tensor, cols: slice | Tensor) -> Cost:
-        """The cost between those rows and columns alone."""
+        """The cost between `rows` and `cols` alone: slices, or indices, `(k,)` and `(l,)`."""
         ...
 
     def transposed(self) -> Cost:

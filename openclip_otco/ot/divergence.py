@@ -31,6 +31,10 @@ def sinkhorn_divergence(
         epsilon: `ε > 0`, in units of the cost.
         a, b: `(n,)` and `(m,)` masses; uniform where `None`.
         tol: L1 marginal error of each of the three plans.
+        max_iterations: of Sinkhorn, for each of them; after these the value is that of the last potentials.
+
+    Raises:
+        ValueError: as `sinkhorn`.
 
     Gradients with respect to `x` and `y` are exact for exact potentials (envelope theorem: the potentials are at an
     optimum, so they count as constants); autograd records none of the iterations.
@@ -52,7 +56,10 @@ def entropic_value(
     tol: float = 1e-4,
     max_iterations: int = 2000,
 ) -> Tensor:
-    """`OT_ε(x, y)` under the cosine cost, a scalar whose gradient is `dOT = Σ_ij σ_ij dC_ij`."""
+    """`OT_ε(x, y)` under the cosine cost, a scalar whose gradient is `dOT = Σ_ij σ_ij dC_ij`.
+
+    Arguments and errors are those of `sinkhorn_divergence`, here of one plan.
+    """
     cost = CosineCost(x, y)
     result = sinkhorn(cost, epsilon, a, b, tol=tol, max_iterations=max_iterations)
     value = torch.tensor(result.value, dtype=cost.dtype, device=cost.device)
@@ -78,5 +85,13 @@ def _plan_products(
 
 
 def plan_rows(cost: Cost, tile: slice, f: Tensor, g: Tensor, epsilon: float, a: Tensor, b: Tensor) -> Tensor:
-    """Rows `tile` of the entropic plan, `(len(tile), m)`; `a` holds the masses of those rows only."""
+    """Rows `tile` of the entropic plan, `(len(tile), m)`.
+
+    Args:
+        cost: `(n, m)`.
+        tile: the rows.
+        f, g: `(n,)` and `(m,)` potentials.
+        epsilon: `ε`.
+        a, b: masses of these rows only, `(len(tile),)`, and of all columns, `(m,)`.
+    """
     return cost.rows(tile).sub(g).sub_(f[tile, None]).div_(-epsilon).exp_().mul_(a[:, None]).mul_(b)

@@ -37,7 +37,7 @@ class Group:
         return part
 
     def least(self, part: Tensor) -> Tensor:
-        """The elementwise minimum over all processes; errors as in `total`."""
+        """The elementwise minimum of all processes' `part`; errors as in `total`."""
         return part
 
     def first(self, make: Callable[[], Tensor], like: Tensor) -> Tensor:

@@ -24,7 +24,14 @@ _VANISHED = math.exp(-60.0)
 
 
 def soft_ctransform(cost: Cost, g: Tensor, epsilon: float, log_b: Tensor) -> Tensor:
-    """`f_i = -ε log Σ_j b_j exp((g_j - C_ij)/ε)`, `(n,)`, streamed in tiles of rows."""
+    """`f_i = -ε log Σ_j b_j exp((g_j - C_ij)/ε)`, `(n,)`, streamed in tiles of rows.
+
+    Args:
+        cost: `(n, m)`.
+        g: `(m,)` potential of the columns.
+        epsilon: `ε`.
+        log_b: `(m,)`, logarithms of the columns' masses; minus infinity where there is none.
+    """
     bias = g / epsilon + log_b
     parts = [
         torch.logsumexp(torch.div(costs, -epsilon, out=work).add_(bias), dim=1) for _, costs, work in workspaces(cost)

@@ -36,11 +36,17 @@ class Ledger(Protocol):
         ...
 
     def place_free(self, cost: Cost) -> tuple[Tensor, Tensor, Tensor]:
-        """A coupling of the free mass with what is unsold: rows, columns and masses, `(k,)` each. Nothing is sold."""
+        """A coupling of the free mass with what is unsold: rows, columns and masses, `(k,)` each. Nothing is sold.
+
+        Where few rows are free, no such coupling has a lower `cost`, `(n, m)`.
+        """
         ...
 
     def release(self, which: Tensor, price: Tensor) -> None:
-        """Takes back the entries of `placed` where `which`, `(k,)`, is true: their rows are free again."""
+        """Takes back the entries of `placed` where `which`, `(k,)`, is true: their rows are free again.
+
+        What they held is for sale at its column's `price`, `(m,)`.
+        """
         ...
 
 

@@ -11,6 +11,10 @@ from openclip_otco.ot.cost import Cost
 def marginals(cost: Cost, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
     """Row and column masses `(n,)`, `(m,)` in float64, each summing to one; uniform where `None`.
 
+    Args:
+        cost: `(n, m)`; says how many masses there must be.
+        a, b: what was given of rows, `(n,)`, and of columns, `(m,)`. Both must hold the same mass, of any size.
+
     Raises:
         ValueError: a wrong length, a negative or non-finite mass, no mass at all, or sums that differ by more than
             one part in a million.

@@ -23,6 +23,7 @@ from openclip_otco.ot.group import ALONE, Group
 from openclip_otco.ot.half_steps import KernelHalfSteps, StreamedHalfSteps, soft_ctransform
 from openclip_otco.ot.marginals import marginals
 from openclip_otco.ot.sparse_plan import SparsePlan
+from openclip_otco.rules import AT_LEAST_ONE, POSITIVE
 
 Potentials = tuple[Tensor, Tensor]
 
@@ -90,11 +91,8 @@ def _sinkhorn(
     max_iterations: int,
     group: Group,
 ) -> SinkhornResult:
-    if not 0 < epsilon < math.inf or not tol > 0 or max_iterations < 1:
-        raise ValueError(
-            f"epsilon (finite) and tol must be positive and max_iterations at least 1; "
-            f"got {epsilon}, {tol} and {max_iterations}"
-        )
+    POSITIVE.check(epsilon=epsilon, tol=tol)
+    AT_LEAST_ONE.check(max_iterations=max_iterations)
     cost = as_cost(cost)
     row_mass, col_mass = (mass.to(cost.dtype) for mass in marginals(cost, a, b))
     g = _start(cost, init)
@@ -125,6 +123,16 @@ def nearest_potentials(
     """The index of the candidate `g`, each `(m,)`, that is nearest to the solution.
 
     That is the one whose plan has the smallest L1 error of its column marginal after one half-step.
+
+    Args:
+        cost: `(n, m)` matrix or lazy cost.
+        candidates: at least one.
+        epsilon: `ε > 0`, in units of the cost.
+        a, b: `(n,)` and `(m,)` masses; uniform where `None`.
+        group: the processes that ask this together, as in `sinkhorn`.
+
+    Raises:
+        ValueError: no candidate, one of another length, or bad marginals or cost.
     """
     return group.attempt(lambda: _nearest_potentials(as_cost(cost), candidates, epsilon, a, b, group))
 

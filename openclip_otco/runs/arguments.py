@@ -1,12 +1,18 @@
-"""Arguments that several commands share, and the numbers that arguments take."""
+"""Arguments that several commands share, and the numbers that they take."""
 
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 from openclip_otco.models.folder import home
+from openclip_otco.rules import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, SHARE, argument
+
+# The types of arguments.
+positive = argument(int, AT_LEAST_ONE)
+count = argument(int, NOT_NEGATIVE)
+positive_number = argument(float, POSITIVE)
+share = argument(float, SHARE)
 
 
 def add_frozen_features(parser: argparse.ArgumentParser) -> None:
@@ -30,35 +36,3 @@ def add_caption_lines(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="each line of a .txt is a caption, as clip-benchmark writes its shards (default: a .txt is one caption)",
     )
-
-
-def positive(text: str) -> int:
-    """A whole number of 1 or more, as the `type` of an argument."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
-
-
-def count(text: str) -> int:
-    """A whole number of 0 or more."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("must be 0 or more")
-    return number
-
-
-def positive_number(text: str) -> float:
-    """A number above 0, and finite."""
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError("must be a positive number")
-    return number
-
-
-def share(text: str) -> float:
-    """A number from 0 to 1."""
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError("must be between 0 and 1")
-    return number

@@ -16,6 +16,7 @@ from openclip_otco.method.exchange import PlanExchange
 from openclip_otco.method.plan import TransportPlan
 from openclip_otco.method.solver import PlanSolver
 from openclip_otco.method.window import FeatureWindow
+from openclip_otco.rules import AT_LEAST_ONE, SHARE
 from openclip_otco.train.plan_log import PlanLog
 from openclip_otco.train.training_callback import PlanWriter, TrainingCallback
 
@@ -57,10 +58,8 @@ class PlanCacheCallback(TrainingCallback):
         device: torch.device | str = "cpu",
         log: PlanLog | None = None,
     ) -> None:
-        if plans_per_step < 1:
-            raise ValueError(f"plans_per_step must be at least 1; got {plans_per_step}")
-        if not 0 <= warmup <= 1:
-            raise ValueError(f"warmup must lie in [0, 1]; got {warmup}")
+        AT_LEAST_ONE.check(plans_per_step=plans_per_step)
+        SHARE.check(warmup=warmup)
         if max_age < cache.size:
             raise ValueError(f"max_age must be at least the cache's size, {cache.size}; got {max_age}")
         self.exchange, self.window, self.cache, self.solver = exchange, window, cache, solver

@@ -3,50 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from openclip_otco.data.shard_check import caption_problem
+from openclip_otco.rules import ANY, Rule
 
 
 @dataclass(frozen=True)
 class Option:
-    """One flag of a loss: its default, what it accepts, and what it means."""
+    """One flag of a loss: its default, what it means, and what it must be."""
 
     flag: str
     default: Any
     help: str
-    accepts: Callable[[Any], bool] = lambda value: True
-    rule: str = ""
+    rule: Rule = ANY
     choices: tuple[str, ...] | None = None
 
     @property
     def dest(self) -> str:
         """Its name among the parsed arguments."""
         return self.flag.removeprefix("--").replace("-", "_")
-
-
-def positive(value: float) -> bool:
-    """Whether it is above 0 and finite."""
-    return 0 < value < math.inf
-
-
-def weight(value: float) -> bool:
-    """Whether it is 0 or more, and finite."""
-    return 0 <= value < math.inf
-
-
-def count(value: int) -> bool:
-    """Whether it is 1 or more."""
-    return value >= 1
-
-
-def share(value: float) -> bool:
-    """Whether it lies in `[0, 1]`."""
-    return 0 <= value <= 1
 
 
 def add_options(group: argparse._ArgumentGroup, options: Sequence[Option]) -> None:
@@ -77,8 +56,8 @@ def check_options(
         return
     for option in given:
         value = getattr(args, option.dest)
-        if not option.accepts(value):
-            end(parser, f"argument {option.flag}: must be {option.rule}, got {value}")
+        if not option.rule.accepts(value):
+            end(parser, f"argument {option.flag}: must be {option.rule.text}, got {value}")
 
 
 def check_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

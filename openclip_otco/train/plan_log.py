@@ -30,17 +30,17 @@ class PlanLog:
         self._next_line = step
 
     def info(self, line: str) -> None:
-        """A line, if this process tells anything."""
+        """Logs a line, if this process tells anything."""
         if self.master:
             logging.info(line)
 
     def warning(self, line: str) -> None:
-        """A warning, if this process tells anything."""
+        """Logs a line as a warning, if this process tells anything."""
         if self.master:
             logging.warning(line)
 
     def failed(self, step: int, error: Exception, cache: PlanCache) -> None:
-        """The plan of this step failed; training goes on with what the cache holds."""
+        """The plan of this step failed with `error`; training goes on with what the cache holds."""
         if step >= self._next_warning:
             self._next_warning = step + self.every
             going_on = "with the last good one" if len(cache) else "without a plan, as with --loss clip"
@@ -61,7 +61,15 @@ class PlanLog:
         skipped: int,
         writer: PlanWriter | None = None,
     ) -> None:
-        """There is a new plan; `made` and `skipped` count the plans so far."""
+        """There is a new plan.
+
+        Args:
+            plan: the new one.
+            cache: with it, the plans that a coming step may draw.
+            exchange: what the loss found in the last step.
+            made, skipped: how many plans were made, and failed, so far.
+            writer: of TensorBoard, if there is one.
+        """
         if not self.master:
             return
         metrics = {**plan.diagnostics, **_metrics(plan, cache, exchange), "skipped": skipped}

@@ -12,6 +12,7 @@ from openclip_otco.method.window import FeatureWindow
 from openclip_otco.models.registry import check_model, model_configs, prepare_model, register_models
 from openclip_otco.ot.defaults import ADDITIVE_ERROR, EPSILON
 from openclip_otco.ot.group import ALONE, DistributedGroup
+from openclip_otco.rules import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, SHARE, SHARE_ABOVE_ZERO
 from openclip_otco.train.callback import PlanCacheCallback
 from openclip_otco.train.options import (
     Option,
@@ -20,54 +21,45 @@ from openclip_otco.train.options import (
     check_options,
     check_run,
     clip_options,
-    count,
     end,
-    positive,
-    share,
-    weight,
 )
 from openclip_otco.train.plan_log import PlanLog
 
 OPTIONS = (
-    Option("--otco-window", 8, "Optimizer steps between two plan updates.", count, "at least 1"),
-    Option("--otco-epsilon", EPSILON, "Entropic regularization of the plans, in units of the cosine cost.", positive,
-           "positive"),
+    Option("--otco-window", 8, "Optimizer steps between two plan updates.", AT_LEAST_ONE),
+    Option("--otco-epsilon", EPSILON, "Entropic regularization of the plans, in units of the cosine cost.", POSITIVE),
     Option("--otco-initial-plan", "combinatorial", "Plan that the entropic refinement starts from.",
            choices=INITIAL_PLANS),
     Option("--otco-additive-error", ADDITIVE_ERROR,
            "Additive error of the combinatorial plan, as a share of the largest cost.",
-           lambda value: 0 < value <= 1, "in (0, 1]"),
+           SHARE_ABOVE_ZERO),
     Option("--otco-coupling", "transport",
            "What couples a window: an optimal transport plan, or two softmaxes without marginals, to compare with.",
            choices=COUPLINGS),
-    Option("--otco-cache-size", 4, "Plans kept, oldest out first.", count, "at least 1"),
+    Option("--otco-cache-size", 4, "Plans kept, oldest out first.", AT_LEAST_ONE),
     Option("--otco-max-age", 32,
-           "Windows after which a plan acts no longer, when newer ones fail; at least --otco-cache-size.", count,
-           "at least 1"),
-    Option("--otco-plans-per-step", 1, "Cached plans drawn each step to transport the batch.", count, "at least 1"),
-    Option("--otco-transport-weight", 0.0, "Weight of the transported pairs in the loss, 0 = off.", weight,
-           "0 or more"),
+           "Windows after which a plan acts no longer, when newer ones fail; at least --otco-cache-size.",
+           AT_LEAST_ONE),
+    Option("--otco-plans-per-step", 1, "Cached plans drawn each step to transport the batch.", AT_LEAST_ONE),
+    Option("--otco-transport-weight", 0.0, "Weight of the transported pairs in the loss, 0 = off.", NOT_NEGATIVE),
     Option("--otco-own-pair", "in", "Whether a pair's own partner is in the support that transports it.",
            choices=("in", "out")),
-    Option("--otco-confidence", 2.0, "Power of the plan confidence that weighs each pair, 0 = off.", weight,
-           "0 or more"),
+    Option("--otco-confidence", 2.0, "Power of the plan confidence that weighs each pair, 0 = off.", NOT_NEGATIVE),
     Option("--otco-trust", "posterior",
            "What confidence raises to its power: the probability that a pair is matched, or its share of the plan.",
            choices=TRUSTS),
     Option("--otco-least-share", 0.25,
            "Least effective share of the batch that confidence leaves, 0 = no limit; a step in which the plan finds a "
-           "smaller share of matched pairs weighs all alike.", share, "in [0, 1]"),
+           "smaller share of matched pairs weighs all alike.", SHARE),
     Option("--otco-divergence-weight", 0.0, "Weight of the Sinkhorn divergence between images and texts, 0 = off.",
-           weight, "0 or more"),
+           NOT_NEGATIVE),
     Option("--otco-negatives", "plan",
            "What weighs negatives: the plan's density at them, their similarity alone (to compare with), or nothing.",
            choices=NEGATIVES),
     Option("--otco-negative-power", 0.6, "Power of that density (of the similarity: of exp(cosine / epsilon)).",
-           weight, "0 or more"),
-    Option("--otco-warmup", 0.02, "Share of all steps before plans act on the loss.",
-           share, "in [0, 1]"),
-    Option("--otco-max-support", 8192, "Most pairs that a plan couples; a larger window is subsampled.", count,
-           "at least 1"),
+           NOT_NEGATIVE),
+    Option("--otco-warmup", 0.02, "Share of all steps before plans act on the loss.", SHARE),
+    Option("--otco-max-support", 8192, "Most pairs that a plan couples; a larger window is subsampled.", AT_LEAST_ONE),
 )  # fmt: skip
 
 

@@ -31,6 +31,9 @@ class TrainingCallback:
     `open_clip_train.plugins.Callback` says when each method is called. That module exists only where OpenCLIP is
     patched, so that it can not be the base.
 
+    Steps are optimizer steps and count from 0, as epochs do. `losses` are the terms of the step's loss, by their names
+    in the log, and `writer` is TensorBoard's, `None` without one.
+
     Attributes:
         name: key of the callback's state in OpenCLIP's checkpoint.
     """
