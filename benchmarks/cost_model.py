@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FLOAT = 4
-DRIFT_SUPPORT = 512
+DRIFT_SUPPORT = 256
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import numpy as np
 import ot as pot
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import paired_features
 
 from openclip_otco.method.solver import INITIAL_PLANS, PlanSolver
@@ -57,10 +58,25 @@ def test_drift_is_zero_between_equal_windows_and_grows_with_the_change():
     solver = PlanSolver()
     plan = solver.solve(images, texts)
     same = solver.solve(images, texts, previous=plan).diagnostics
-    other = solver.solve(-images, texts, previous=plan).diagnostics
+    # All images to one side. (Their opposites would not do: these directions are as likely as the images themselves.)
+    moved = F.normalize(images + torch.eye(24)[0])
+    other = solver.solve(moved, texts, previous=plan).diagnostics
     assert same["drift_image"] == pytest.approx(0, abs=1e-5)
     assert same["drift_text"] == pytest.approx(0, abs=1e-5)
     assert other["drift_image"] > 0.05
+
+
+def test_drift_tells_a_model_that_moved_from_other_pairs_of_the_same_model():
+    """The last window's points and this one's are never the same; that alone must not look like a drift."""
+    images, texts = paired_features(512, d=512)
+    solver = PlanSolver()
+    plan = solver.solve(images[:256], texts[:256])
+    other_pairs = solver.solve(images[256:], texts[256:], previous=plan).diagnostics
+    towards = 0.3 * torch.eye(512)[0]
+    images, texts = F.normalize(images + towards), F.normalize(texts + towards)
+    moved = solver.solve(images[256:], texts[256:], previous=plan).diagnostics
+    for name in ("drift_image", "drift_text"):
+        assert moved[name] > 3 * other_pairs[name]
 
 
 def test_a_previous_plan_of_another_width_is_left_aside():

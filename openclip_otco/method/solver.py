@@ -20,7 +20,10 @@ from openclip_otco.rules import AT_LEAST_ONE, POSITIVE, SHARE_ABOVE_ZERO, one_of
 INITIAL_PLANS = ("combinatorial", "emd", "previous", "none")
 COUPLINGS = ("transport", "softmax")
 # The drift between windows is a monitor: a few hundred points of each are enough, and it must not outweigh the plan.
-_DRIFT_SUPPORT = 512
+# Its ε is greater than a plan's. With that of plans, two windows of one and the same model are nearly as far apart as
+# those of a model that has moved: no point has a near one in the other window (benchmarks/drift.py).
+_DRIFT_SUPPORT = 256
+_DRIFT_EPSILON = 1.0
 # Processes share a plan if each gets at least this many points; smaller ones the first process makes for all.
 _LEAST_PART = 8
 # A plan whose L1 marginal error stays above this is no coupling, and its confidence would mean nothing.
@@ -99,7 +102,7 @@ class PlanSolver:
             if previous is not None and previous.image_features.shape[1] == images.shape[1]:
                 sides = ((previous.image_features, images), (previous.text_features, texts))
                 image, text = self.group.first(
-                    lambda: torch.stack([_drift(*side, self.epsilon) for side in sides]), images.new_zeros(2)
+                    lambda: torch.stack([_drift(*side) for side in sides]), images.new_zeros(2)
                 ).tolist()
                 diagnostics |= {"drift_image": image, "drift_text": text}
         diagnostics["seconds"] = time.perf_counter() - started
@@ -187,7 +190,7 @@ def _shape_of(cost: Cost, f: Tensor, g: Tensor, epsilon: float, group: Group) ->
     return {"objective": objective, "entropy": entropy, "own_pair_mass": own_mass}
 
 
-def _drift(before: Tensor, after: Tensor, epsilon: float) -> Tensor:
-    """`S_ε` between two windows of one modality, over evenly spaced points of each."""
+def _drift(before: Tensor, after: Tensor) -> Tensor:
+    """`S_1` between two windows of one modality, over evenly spaced points of each; 0.01 is little, 1 is much."""
     before, after = (x[:: -(-len(x) // _DRIFT_SUPPORT)] for x in (before, after))
-    return sinkhorn_divergence(before, after, epsilon)
+    return sinkhorn_divergence(before, after, _DRIFT_EPSILON)
