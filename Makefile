@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Ends with what to say where a variable is not given.
+need = @test -n "$($(1))" || { echo 'Name $(2): make $@ $(1)=DIR'; exit 2; }
 
-.PHONY: install patch lint browser test test-matrix test-openclip-main docs flags quickstart results study page study-calibrated study-cleaned study-quick bench step-cost scaling screenshots clean
+.PHONY: install patch lint browser test test-matrix test-openclip-main versions compatibility peer-tests docs flags quickstart results study page study-calibrated study-cleaned study-quick bench step-cost scaling screenshots clean
 
 install: patch
 
@@ -45,11 +47,32 @@ test: install browser
 test-matrix: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_matrix.py -m training -n 0 -o timeout=3600
 
-# The site, in build/site; what it warns of is an error.
 # OPENCLIP names a checkout of OpenCLIP's main, as docs/install.md says.
 test-openclip-main: install
+	$(call need,OPENCLIP,a clone of OpenCLIP at its main)
 	OPENCLIP=$(abspath $(OPENCLIP)) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_openclip_main.py
 
+# The runs of docs/compatibility.md. What has a line in runs/compatibility is not run again.
+COMPATIBILITY := runs/compatibility
+versions: install
+	@mkdir -p $(COMPATIBILITY)
+	$(BIN)/python benchmarks/versions.py $(COMPATIBILITY)/versions.jsonl
+
+# OPENCLIP names a clone of OpenCLIP, whose own tests are run.
+compatibility: install
+	$(call need,OPENCLIP,a clone of OpenCLIP)
+	@mkdir -p $(COMPATIBILITY)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/compatibility.py $(OPENCLIP) --out $(COMPATIBILITY)/compatibility.jsonl
+
+# POT and GEOMLOSS name clones of them, whose own tests are run.
+peer-tests: install
+	$(call need,POT,a clone of POT)
+	$(call need,GEOMLOSS,a clone of geomloss at v0.3.1)
+	$(BIN)/python -m pip install --progress-bar off -e '.[bench]'
+	@mkdir -p $(COMPATIBILITY)
+	$(BIN)/python benchmarks/peer_tests.py --pot $(POT) --geomloss $(GEOMLOSS) --out $(COMPATIBILITY)/peer-tests.jsonl
+
+# The site, in build/site; what it warns of is an error.
 docs: install
 	$(BIN)/python -m pip install --progress-bar off -e '.[docs]'
 	$(BIN)/mkdocs build --strict

@@ -58,7 +58,7 @@ def test_a_kill_stops_all_jobs(home, number):
 def test_zero_jobs_are_refused(home, capsys):
     with pytest.raises(SystemExit):
         run(STUDY, "--jobs", "0")
-    assert "--jobs: must be 1 or more" in capsys.readouterr().err
+    assert "--jobs: must be at least 1" in capsys.readouterr().err
 
 
 def test_a_folder_has_one_compare(home, capsys):

@@ -318,7 +318,7 @@ def test_trained_features_keep_the_contract():
 
 @pytest.mark.parametrize("delta", [0.0, -0.1, 1.5, float("nan"), float("inf")])
 def test_delta_outside_its_range_is_refused(delta):
-    with pytest.raises(ValueError, match=r"must lie in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"additive_error must be in \(0, 1\]"):
         combinatorial_plan(torch.rand(3, 3), delta)
 
 
