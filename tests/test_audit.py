@@ -1087,6 +1087,7 @@ def test_auroc_of_a_model_that_knows(run: Callable, data: str, tmp_path: Path, c
         (("--write-clean", "data", "--drop", 0.1), "is there and not empty"),
         (("--truth", "none.csv"), "--truth none.csv: cannot be read"),
         (("--truth", "other.csv"), "--truth other.csv: has no column `key`"),
+        (("--truth", "head.csv"), "--truth head.csv: has no column `key`"),
         (("--truth", "empty.csv"), "--truth empty.csv: lists 0 of 45 pairs"),
         (("--data", "none.tar"), "--data none.tar: 1 of 1 shards do not exist"),
         (("--data", "torn.tar"), "--data torn.tar: torn.tar is no readable tar file"),
@@ -1118,6 +1119,7 @@ def test_bad_input_gets_one_line(
     (tmp_path / "torn.tar").write_bytes(Path(samples.shards(data)[0]).read_bytes()[:700])
     (tmp_path / "other.csv").write_text("keys\tother\n1\t2\n")
     (tmp_path / "keyed.csv").write_text("filepath\ttitle\n1\t2\n")
+    (tmp_path / "head.csv").write_text("keys,other\n")
     (tmp_path / "empty.csv").write_text("key\nstranger\n")
     write_shard(tmp_path / "bare.tar", [("0.png", picture(0))])
     given = ("--checkpoint", run_checkpoint, "--data", data, "--out", "out", "--workers", 0)

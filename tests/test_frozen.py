@@ -121,6 +121,18 @@ def test_two_runs_add_to_one_file_and_the_file_is_bounded(tmp_path: Path) -> Non
     assert not encoder.got
 
 
+def test_a_full_memory_saves_rows_that_took_the_place_of_others(tmp_path: Path) -> None:
+    path = tmp_path / "image.safetensors"
+    memory = FeatureMemory(path, most_bytes=12)
+    for number in (1, 2):
+        for _ in range(2):
+            memory(numbered(number), encode)
+        memory.save()
+    encoder = Counting()
+    FeatureMemory(path)(numbered(2), encoder)
+    assert not encoder.got
+
+
 def _save_some(path: Path, numbers: list[int]) -> None:
     memory = FeatureMemory(path)
     for number in numbers:

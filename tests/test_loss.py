@@ -20,6 +20,8 @@ from torch import Tensor
 from openclip_otco import OTCOLoss, PlanSolver, TransportPlan
 from openclip_otco.method.features import Features
 from openclip_otco.method.loss import TRUSTS
+from openclip_otco.method.posterior import matched_share
+from openclip_otco.method.solver import COUPLINGS
 from openclip_otco.method.weights import log_negative_weights, tempered
 
 SCALE = torch.tensor(14.2857)
@@ -228,25 +230,40 @@ def test_wrong_captions_hardly_pull(trust, epsilon):
     assert weights[~wrong].mean() > 5 * weights[wrong].mean()
 
 
-def test_weighted_negatives_are_their_formula(plan):
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_weighted_negatives_are_their_formula(coupling):
     """Against the density written out in float64, from the plan's support and potentials alone."""
+    plan = PlanSolver(0.1, coupling=coupling).solve(*paired_features(128, seed=1))
     images, texts = paired_features(32, seed=2)
+    texts = torch.cat([texts[:24], texts[24:].roll(3, 0)])  # some pairs are wrong
     v, t, support_v, support_t, f, g = (
         x.double() for x in (images, texts, plan.image_features, plan.text_features, plan.f, plan.g)
     )
     own_f = -0.1 * (torch.logsumexp((g - 1 + v @ support_t.T) / 0.1, 1) - math.log(128))
     own_g = -0.1 * (torch.logsumexp((f - 1 + t @ support_v.T) / 0.1, 1) - math.log(128))
-    density = {
-        "plan": ((own_f[:, None] + own_g - 1 + v @ t.T) / 0.1).exp(),
-        "similarity": (v @ t.T / 0.1).exp(),
-    }
-    for negatives, r in density.items():
-        w = (r**2.0).fill_diagonal_(0)
-        rows, columns = w / w.sum(1, keepdim=True) * 31, w / w.sum(0) * 31
+    similarity = (v @ t.T / 0.1).exp()
+    density = {"plan": ((own_f[:, None] + own_g - 1 + v @ t.T) / 0.1).exp(), "similarity": similarity}
+    own_density = density["plan"].diagonal()
+    if coupling == "softmax":
+        # Two softmaxes: the pair's density is the geometric mean of both, and potentials of zero weigh by similarity.
+        own_density = (((own_f + own_g) / 2 - 1 + (v * t).sum(1)) / 0.1).exp()
+        density["plan"] = similarity
+    # A row of images has the texts' prices, a column of texts the images', each as far as its pair is trusted. Without
+    # a coupling these are the c-transforms of zero.
+    share = matched_share(own_density.log())
+    trusted = share * own_density / (share * own_density + 1 - share)
+    assert trusted.min() < 0.7 < 0.9 < trusted.max()
+    text_price, image_price = (0.7 * trusted * (x.mean() - x) for x in (own_g, own_f))
+    price = (((v @ t.T + text_price) / 0.1).exp(), ((v @ t.T + image_price[:, None]) / 0.1).exp())
+    assert not torch.allclose(price[0], similarity, rtol=0.1)
+    ways = {name: (r, r) for name, r in density.items()} | {"price": price}
+    for negatives, (by_row, by_column) in ways.items():
+        rows, columns = ((r**2.0).fill_diagonal_(0) for r in (by_row, by_column))
+        rows, columns = rows / rows.sum(1, keepdim=True) * 31, columns / columns.sum(0) * 31
         e = (float(SCALE) * v @ t.T).exp()
         own = e.diagonal()
         expected = -((own / (own + (rows * e).sum(1))).log() + (own / (own + (columns * e).sum(0))).log()).mean() / 2
-        loss = OTCOLoss(confidence=0, negatives=negatives, negative_power=2.0)
+        loss = OTCOLoss(confidence=0, negatives=negatives, negative_power=2.0, negative_price=0.7)
         loss.exchange.set_plans([plan], plan)
         terms = loss(images, texts, SCALE, output_dict=True)
         assert loss.exchange.plans_acted
@@ -313,7 +330,7 @@ def test_a_pair_alone_has_no_negatives_to_weigh(plan):
 
 
 def test_unknown_negatives_are_refused():
-    with pytest.raises(ValueError, match="negatives must be one of plan, similarity, none; got 'all'"):
+    with pytest.raises(ValueError, match="negatives must be one of price, plan, similarity, none; got 'all'"):
         OTCOLoss(negatives="all")
 
 
@@ -378,7 +395,7 @@ def _rank(rank: int, world: int, folder: Path) -> None:
             losses[trust] = OTCOLoss(confidence=1.0, **more, **settings)
             losses[trust].exchange.set_plans([plan], plan)
             losses[trust].exchange.keeps_features = True
-        for negatives in ("plan", "similarity"):
+        for negatives in ("price", "plan", "similarity"):
             losses[negatives] = OTCOLoss(confidence=1.0, negatives=negatives, negative_power=2.0, **settings)
             losses[negatives].exchange.set_plans([plan], plan)
         losses["divergence"] = OTCOLoss(confidence=0, divergence_weight=2.0, **settings)
@@ -409,7 +426,7 @@ def test_ranks_without_plans_are_clip_loss_to_the_bit(ranks, local_loss, gather_
 
 
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), SETTINGS)
-@pytest.mark.parametrize("name", ["share", "posterior", "plan", "similarity"])
+@pytest.mark.parametrize("name", ["share", "posterior", "price", "plan", "similarity"])
 def test_ranks_with_plans_equal_one(ranks, plan, local_loss, gather_with_grad, name):
     if name in TRUSTS:
         loss = OTCOLoss(confidence=1.0, transport_weight=0.5, trust=name, negatives="none")
@@ -429,7 +446,7 @@ def test_ranks_with_plans_equal_one(ranks, plan, local_loss, gather_with_grad, n
         torch.testing.assert_close(spread, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("negatives", ["none", "plan"])
+@pytest.mark.parametrize("negatives", ["none", "price", "plan"])
 @pytest.mark.parametrize("accum", [2, 4])
 def test_accumulated_batches_equal_the_large_one(plan, accum, negatives):
     """OpenCLIP's own way: each small batch again with a gradient, among the cached features of all others."""

@@ -182,6 +182,27 @@ def test_the_digest_tells_plans_apart_that_differ_in_one_bit(name):
     assert TransportPlan.from_state_dict({**state, name: changed}).digest() != plan.digest()
 
 
+@pytest.mark.parametrize("name", ["image_features", "text_features", "f", "g"])
+def test_a_saved_plan_of_other_types_or_shapes_is_refused(name):
+    state = plan_of(0.1).state_dict()
+    for wrong in (state[name].tolist(), state[name].double(), None):
+        with pytest.raises(TypeError, match="must be float32 tensors"):
+            TransportPlan.from_state_dict({**state, name: wrong})
+    for wrong in (state[name].flatten()[:-1], state[name][None], state[name].sum()):
+        with pytest.raises(ValueError, match="of one N; got"):
+            TransportPlan.from_state_dict({**state, name: wrong})
+
+
+@pytest.mark.parametrize(("name", "says"), [("image_features", "unit norm"), ("text_features", "unit norm"),
+                                            ("f", "within 100 of 0"), ("g", "within 100 of 0")])  # fmt: skip
+def test_a_saved_plan_of_impossible_numbers_is_refused(name, says):
+    state = plan_of(0.1).state_dict()
+    state[name] = state[name].clone()
+    state[name][3] = 1e30
+    with pytest.raises(ValueError, match=says):
+        TransportPlan.from_state_dict(state)
+
+
 @pytest.mark.parametrize("epsilon", [1e-30, 3e38, float("nan")])
 def test_a_saved_epsilon_that_no_plan_can_have_is_refused(epsilon):
     with pytest.raises(ValueError, match="epsilon must lie between"):

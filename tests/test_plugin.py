@@ -66,7 +66,7 @@ def test_defaults_are_those_of_the_table(parse):
         0.01,
     )
     assert (args.otco_trust, args.otco_confidence, args.otco_least_share) == ("posterior", 2, 0.25)
-    assert (args.otco_negatives, args.otco_negative_power) == ("plan", 0.6)
+    assert (args.otco_negatives, args.otco_negative_power, args.otco_negative_price) == ("price", 0.6, 1)
     assert (args.otco_cache_size, args.otco_plans_per_step, args.otco_divergence_weight) == (4, 1, 0)
     assert (args.otco_warmup, args.otco_max_support) == (0.02, 8192)
 

@@ -1,4 +1,4 @@
-"""An audit: pairs are encoded and judged window by window; out of it come a ranking, a gallery and clean data."""
+"""An audit: it encodes and judges pairs window by window, and makes a ranking, a gallery and clean data."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def run_audit(
     rank: int = 0,
     ranks: int = 1,
 ) -> dict[str, Any]:
-    """Audit `source`, or do what is left of it.
+    """Audit `source`. If an audit was interrupted, do the rest of it.
 
     Args:
         source: the pairs.
-        out: folder for all that is found, and for the work on the way.
+        out: folder for the results, and for the parts that are finished.
         settings: how pairs are judged.
         clean: where to write the data without the dropped pairs, if they are asked for.
         truth: pairs that are known to be wrong, where there is a list of them.
-        rank, ranks: of several processes, each judges its share of the shards; the first one waits for the others and
-            writes what all have found.
+        rank, ranks: number of this process, from 0, and number of processes. Each process judges its share of the
+            shards; the first one then waits for the others and writes the results of all.
 
     Returns:
         The figures, which also stand in `audit.json`; empty for a rank that is not the first.

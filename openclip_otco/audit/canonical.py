@@ -12,7 +12,7 @@ from torch import Tensor
 RIDGE = 1.0
 # Number of directions that are kept.
 DIMENSIONS = 128
-# Features of unit norm that do not vary, as those of one picture again and again, have a smaller one, by rounding.
+# If all features are equal, for example those of one picture, rounding still gives a variance, but below this one.
 _LEAST_VARIANCE = 1e-5
 
 

@@ -1,4 +1,4 @@
-"""The clean data: shards or a CSV file like the audited ones, without the dropped pairs, and a list of the keys."""
+"""The clean data: shards or a CSV file without the dropped pairs, and a list of the keys that are kept."""
 
 from __future__ import annotations
 
@@ -144,10 +144,10 @@ def _write_shard(shard: str, index: int, kept: _Kept, path: Path, by_line: bool)
     count = 0
     with _compressed_as(shard, path) as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
         for number, (_, files) in enumerate(shard_samples(shard)):
-            lines, of = kept.lines(index, number)
+            lines, captions = kept.lines(index, number)
             if not lines:
                 continue
-            for file in files if len(lines) == of else _with_captions(files, lines, by_line):
+            for file in files if len(lines) == captions else _with_captions(files, lines, by_line):
                 header = tarfile.TarInfo(file.header.name)
                 for field in ("mode", "mtime", "uid", "gid", "uname", "gname"):
                     setattr(header, field, getattr(file.header, field))
@@ -178,7 +178,7 @@ def _compressed_as(shard: str, path: Path) -> IO[bytes]:
 
 
 def _with_captions(files: list[File], lines: set[int], by_line: bool) -> list[File]:
-    """The files of a sample with only these captions, in every file that holds captions."""
+    """The files of a sample. Each file that holds captions keeps only those whose numbers are in `lines`."""
     captions = samples.captions({file.kind: file.content for file in files}, by_line)
     kept = [caption for line, caption in enumerate(captions) if line in lines]
     dropped = {caption.strip() for caption in captions} - {caption.strip() for caption in kept}

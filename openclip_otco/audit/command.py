@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: something that was given cannot be used.
     """
-    # Not at the top: they load torch, which `--help` does without.
+    # Not at the top: they load torch, which `--help` does not need.
     from openclip_otco.audit.audit import run_audit
     from openclip_otco.audit.clean import KEYS
     from openclip_otco.audit.folder import AuditFolder

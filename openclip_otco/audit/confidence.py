@@ -81,7 +81,7 @@ def judge_by_plan(plan: TransportPlan, images: Sequence[Hashable], captions: Seq
 
 
 def groups(things: Sequence[Hashable], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The number of the group of equal things that each one is in, `(N,)`, and the first place of each group."""
+    """Groups equal things: the number of each thing's group, `(N,)`, and the place of each group's first thing."""
     numbers: dict[Hashable, int] = {}
     group = [numbers.setdefault(thing, len(numbers)) for thing in things]
     first = {number: index for index, number in reversed(list(enumerate(group)))}

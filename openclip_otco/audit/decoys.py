@@ -15,7 +15,8 @@ class Decoys:
     Attributes:
         fold: `(N,)` int64, the fold of each pair. All pairs of one image are in one fold.
         partner: `(D, N)` int64. Decoy `(r, i)` is the image of pair `i` with the caption of pair `partner[r, i]` of the
-            same fold; -1 where the fold has no other image, or the caption is the same.
+            same fold. It is -1, for no decoy, where the caption is the same, and in a fold where one image has more
+            than half of the pairs.
     """
 
     fold: Tensor
@@ -28,10 +29,10 @@ class Decoys:
 
 
 def draw_decoys(image: Tensor, caption: Tensor, folds: int, count: int, seed: int = 0) -> Decoys:
-    """Folds of a window and `count` decoys for each of its pairs.
+    """Folds of a window, and at most `count` decoys for each of its pairs.
 
-    A decoy's image and caption are of one fold: a model of the other folds has seen neither, as it has not seen the
-    pair itself.
+    The image and the caption of a decoy are from the same fold. So a model of the other folds has seen neither of the
+    two pairs, just as it has not seen the pair that it judges.
 
     Args:
         image, caption: `(N,)` int64; equal numbers are equal images, or equal captions.

@@ -27,8 +27,8 @@ _STATE = "state.json"
 class AuditFolder:
     """What an audit has done so far: a Parquet file, called a part, for each window.
 
-    A process that is killed at any moment leaves only whole parts, and the next process goes on behind them. A part
-    that is broken all the same, as after a failure of the disk, is made again; the parts behind it stay.
+    A process that is killed at any moment leaves only whole parts, and the next process continues after them. If a part
+    is broken nevertheless, for example by a failure of the disk, it is made again; the parts after it stay.
 
     Args:
         path: the folder.
@@ -69,10 +69,10 @@ class AuditFolder:
 
     @contextlib.contextmanager
     def accessed(self) -> Iterator[None]:
-        """For a block that reads or writes files of this folder, and no others.
+        """Turns errors of its block into errors for the user. The block reads or writes only files of this folder.
 
         Raises:
-            UserError: that failed, or another process is at work in the folder.
+            UserError: a file cannot be read or written, or another process is at work in the folder.
         """
         try:
             yield
@@ -97,14 +97,14 @@ class AuditFolder:
     def failure_noted(self) -> Iterator[None]:
         """Leaves a note in the folder, for rank 0, if the block fails on another rank; see `failure`.
 
-        The block may fail before the folder is opened. A process that was killed leaves no note, and none is left where
-        something else than an audit lies, or where another process is at work as this rank.
+        The block may fail before the folder is opened. There is no note if the process was killed, if the folder holds
+        something that is no audit, or if another process is at work as this rank.
         """
         try:
             yield
         except BaseException as error:  # also of Ctrl-C
             if 0 < self.rank < self.ranks:
-                with contextlib.suppress(OSError, UserError):  # of the note; they must not hide why the rank failed
+                with contextlib.suppress(OSError, UserError):  # an error of the note must not hide why the rank failed
                     self._leave_note(_reason(error))
             raise
 
@@ -176,7 +176,7 @@ class AuditFolder:
 
     def _drop_broken(self) -> None:
         remove_partial(self._parts)
-        if self.rank == 0:  # which alone writes the table
+        if self.rank == 0:  # only this rank writes the table
             remove_partial(self.path)
         for path in sorted(self._parts.glob("*.parquet")):
             if not table.is_whole(path):

@@ -30,7 +30,7 @@ def judge_missing(folder: AuditFolder, source: Source, encoder: PairEncoder, set
             model are not finite.
     """
     total = source.total()
-    # More than once: where a broken part is missing, there are finished parts behind the gap.
+    # A loop: where a broken part was removed, there are finished parts after the gap, and perhaps another gap.
     while not folder.progress()[1]:
         _judge_to_next_part(folder, source, encoder, settings, total)
 

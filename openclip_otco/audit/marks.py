@@ -17,7 +17,7 @@ _NAMED = 3
 
 @dataclass(frozen=True)
 class Mark:
-    """One line of a list of marks. Without a shard or a caption it means the key's pairs of all shards or captions."""
+    """One line of a list of marks. Without a shard it means the key's pairs in all shards; the same for captions."""
 
     key: str
     shard: str | None
@@ -115,5 +115,5 @@ def _is_text(found: Mapping[str, Any]) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Text as it comes out of a page again: browsers change line breaks and characters that are none."""
+    """Text in the form in which it comes back from a page: browsers change white space and invalid characters."""
     return " ".join(text.encode("utf-8", "replace").decode().replace("\0", "\ufffd").split())

@@ -86,8 +86,8 @@ class _Decoded:
 class _Decoder:
     """The work of the decoding workers, as a data set whose indices are the stored samples themselves.
 
-    So only one process reads the data, and only once. The loader hands the samples out, and puts the results back in
-    order. Image files are not kept behind this point: those of a window would fill the memory.
+    So only one process reads the data, and only once. The loader gives samples to workers, and puts the
+    results in order. Image files are not kept after decoding: those of a window would fill the memory.
     """
 
     def __init__(self, source: Source, preprocess: Callable[[Any], Any]) -> None:
@@ -114,7 +114,7 @@ class _Decoder:
 
 
 def _encodable(text: str) -> str:
-    """Text without lone surrogates, which names in tar files and JSON can hold, but no tokenizer and no table takes."""
+    """Text without lone surrogates. Names in tar files and JSON may have them; tokenizers and tables refuse them."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -144,13 +144,13 @@ def stream(
     from torch.utils.data import DataLoader
 
     loader: DataLoader = DataLoader(
-        _Decoder(source, encoder.preprocess),  # type: ignore[arg-type]  # a Dataset in all but name
+        _Decoder(source, encoder.preprocess),  # type: ignore[arg-type]  # it has a Dataset's methods
         batch_sampler=_batches(source.samples(start.shard, start.sample), batch_size),
         num_workers=workers,
         collate_fn=_collate,
     )
     cursor, skip = replace(start, skip=0), start.skip
-    for decoded, pixels in _readable(loader):
+    for decoded, pixels in _with_user_errors(loader):
         pairs = list(_pairs(decoded, pixels, encoder, batch_size, cursor))
         cursor = Cursor(
             decoded[-1].shard,
@@ -164,8 +164,8 @@ def stream(
         skip = 0
 
 
-def _readable(loader: Iterable[T]) -> Iterator[T]:
-    """What `loader` gives, whose trouble with files and processes is one of the data."""
+def _with_user_errors(loader: Iterable[T]) -> Iterator[T]:
+    """The items of `loader`. An `OSError` of its files or processes becomes a `UserError` about `--data`."""
     try:
         yield from loader
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The report of an audit: out of the finished parts come the table, the gallery, the figures and the clean data."""
+"""The report of an audit: the finished parts become the table, the gallery, the figures and the clean data."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def write_report(
         UserError: something that was given cannot be used, or there are no pairs.
     """
     path = folder.path
-    # The clean data are read and written elsewhere, and their errors are told where they come up.
+    # `accessed` does not see errors of the clean data: `write_clean` turns them into errors for the user itself.
     with folder.accessed(), folder.scratch() as scratch:
         judged = Judged.of(folder)
         ranking = table.Ranking(judged.parts, scratch)
@@ -159,7 +159,7 @@ def _scores(path: Path, truth: Truth) -> dict[str, float | int]:
     wrong = [truth.is_wrong(row["key"]) for row in rows]
     found: dict[str, float | int] = {"wrong": sum(wrong)}
     for name in _WITNESSES:
-        # Pairs of equal probability have an order, too: the rank knows it.
+        # The rank, not the probability: it also orders pairs of equal probability.
         scores = [row["rank" if name == "probability" else name] for row in rows]
         if None not in scores:
             try:

@@ -16,8 +16,8 @@ from openclip_otco.errors import UserError
 class Truth:
     """The pairs that are wrong: a CSV file lists them in its column `key`.
 
-    A listed key `K` means the sample `K` and the samples `K-0`, `K-1`, ...: so are samples named that each hold another
-    caption of one image.
+    A listed key `K` means the sample `K` and the samples `K-0`, `K-1`, ... Samples have such names if each holds
+    another caption of the same image.
 
     Raises:
         UserError: the file cannot be read, or has no such column.
@@ -27,9 +27,12 @@ class Truth:
         self.path = path
         try:
             with path.open(newline="", encoding="utf-8") as stream:
-                self._keys = {row["key"] for row in csv.DictReader(stream)}
-        except KeyError as error:
-            raise UserError(f"--truth {path}: has no column `key`") from error
+                rows = csv.DictReader(stream)
+                if "key" not in (rows.fieldnames or ()):
+                    raise UserError(f"--truth {path}: has no column `key`")
+                self._keys = {row["key"] for row in rows}
+        except UserError:
+            raise
         except (OSError, ValueError, csv.Error) as error:
             raise UserError(f"--truth {path}: cannot be read: {error}") from error
 

@@ -28,7 +28,8 @@ class JudgeSettings:
     precision: str | None = None
     """Precision of the checkpoint's model, as `checkpoint.load` takes it."""
     device: str | None = None
-    """Device of torch for all models; by default the one of the run, or the best there is."""
+    """Device of torch for all models. By default: under torchrun, the GPU of this process; else the device of the
+    checkpoint's run, if this machine has it; else a GPU, or the CPU."""
     frozen_features: Path | None = None
     """Folder in which the checkpoint's frozen towers remember features, as `checkpoint.load` takes it."""
     window: int = 4096

@@ -60,11 +60,11 @@ class Source(Protocol):
         ...
 
     def total(self) -> int | None:
-        """Number of images; None if all data would have to be read to know it."""
+        """Number of samples, for the progress bar; None if it is not known."""
         ...
 
     def fingerprint(self) -> list[Any]:
-        """Plain values that are other ones if the data have changed.
+        """Plain values that change whenever the data change.
 
         Raises:
             UserError: a local shard is gone.
@@ -99,11 +99,11 @@ class Shards:
         return samples.captions(sample.files, self.caption_lines)
 
     def total(self) -> int | None:
-        """How many samples there are, as far as a look can tell; `None`: not known."""
+        """Number of images in the shards; None if a shard is not local."""
         return samples.images(self.data)
 
     def fingerprint(self) -> list[Any]:
-        """What changes when the data change: names, sizes and times. JSON has its types."""
+        """Names, sizes and times of the shards: plain values, which change when the data change."""
         names = [[name, *_stat(Path(name))] if is_local(name) else [name] for name in self.names]
         return [*names, ["--caption-lines"]] if self.caption_lines else names
 
@@ -155,11 +155,11 @@ class CsvRows:
         return [sample.caption] if sample.caption else []
 
     def total(self) -> int | None:
-        """How many samples there are, as far as a look can tell; `None`: not known."""
+        """Number of rows of the file."""
         return sum(map(len, self.chunks()))
 
     def fingerprint(self) -> list[Any]:
-        """What changes when the data change: names, sizes and times. JSON has its types."""
+        """Path, size and time of the file, its columns and separator, which change when the data change."""
         return [
             [str(self.path), *_stat(self.path), self.image_key, self.caption_key, self.separator],
         ]
@@ -167,7 +167,7 @@ class CsvRows:
 
 @dataclass(frozen=True)
 class ShardsOfRank:
-    """The shards that one of several processes judges. They are neighbours, and all processes have about as many.
+    """The shards that one of several processes judges. They are consecutive; each process has about the same number.
 
     Args:
         whole: all shards.
@@ -212,11 +212,11 @@ class ShardsOfRank:
         return self.whole.captions(sample)
 
     def total(self) -> int | None:
-        """How many samples there are, as far as a look can tell; `None`: not known."""
+        """None: the shards of one rank are not counted."""
         return None
 
     def fingerprint(self) -> list[Any]:
-        """What changes when the data change: names, sizes and times. JSON has its types."""
+        """The fingerprint of all shards, those of other processes too."""
         return self.whole.fingerprint()
 
 
@@ -224,8 +224,7 @@ def open_source(data: str, image_key: str, caption_key: str, separator: str, cap
     """The source with the name `data`: a CSV file, told by its ending, or shards.
 
     Raises:
-        UserError: a shard is missing.
-        UserError: the CSV file cannot be used.
+        UserError: a shard is missing, the CSV file cannot be used, or `caption_lines` is given for a CSV file.
     """
     if data.endswith(CSV_ENDINGS):
         if caption_lines:

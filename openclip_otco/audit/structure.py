@@ -12,7 +12,7 @@ _ROWS = 1024
 
 
 def centred(features: Tensor) -> Tensor:
-    """Features `(N, d)` minus their mean, of unit norm: else all features of a tower point in about one direction."""
+    """Features `(N, d)` minus their mean, of unit norm. Features that are not centred point in about one direction."""
     features = features.float()
     return F.normalize(features - features.mean(dim=0), dim=1)
 
@@ -46,22 +46,23 @@ class Structure:
         itself.
 
         Args:
-            first, second: `(n,)` int64, numbers of pairs: the image of the one is asked about the caption of the other.
+            first, second: `(n,)` int64, numbers of pairs: the image of pair `first[k]` is compared with the caption of
+                pair `second[k]`.
             weights: `(N,)`, at least 0: how much each pair counts in the correlations.
         """
         parts = zip(first.split(_ROWS), second.split(_ROWS), strict=True)
         return torch.cat([self._correlation(i, j, weights) for i, j in parts])
 
     def _correlation(self, i: Tensor, j: Tensor, weights: Tensor) -> Tensor:
-        heard = weights.repeat(len(i), 1)
+        share = weights.repeat(len(i), 1)
         for group in (self.image, self.caption):
-            heard[(group == group[i, None]) | (group == group[j, None])] = 0
-        heard /= heard.sum(dim=1, keepdim=True).clamp(min=1e-12)
+            share[(group == group[i, None]) | (group == group[j, None])] = 0
+        share /= share.sum(dim=1, keepdim=True).clamp(min=1e-12)
         x, y = self._by_image[i], self._by_text[j]  # copies
-        x -= _dot(heard, x)[:, None]
-        y -= _dot(heard, y)[:, None]
-        both = _dot(heard * x, y)
-        scale = _dot(heard * x, x) * _dot(heard * y, y)
+        x -= _dot(share, x)[:, None]
+        y -= _dot(share, y)[:, None]
+        both = _dot(share * x, y)
+        scale = _dot(share * x, x) * _dot(share * y, y)
         return (both / scale.clamp(min=1e-20).sqrt()).clamp(-1, 1)
 
 

@@ -74,7 +74,7 @@ def rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
 def write(path: Path, content: Iterable[Row], schema: pa.Schema) -> None:
     """Write a Parquet file, some rows at a time. A kill leaves the whole file or none."""
     content = iter(content)
-    # Statistics of thumbnails would be copies of the least and the greatest one.
+    # No statistics of thumbnails: they would hold copies of two of them, the least and the greatest.
     described = [name for name in schema.names if name != "thumbnail"]
     options = {"compression": "zstd", "write_page_checksum": True, "write_statistics": described}
     with written_whole(path, synced=True) as partial, pq.ParquetWriter(partial, schema, **options) as writer:

@@ -106,7 +106,7 @@ def _names(name: str) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without the advice to train a pooler that has no weights: it is not asked, as features are means over tokens."""
+    """Turns off warnings of transformers. It advises to train the pooler, but no feature here comes from the pooler."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -123,7 +123,7 @@ def _load(name: str, image: str, text: str, device: torch.device) -> UnimodalTow
     from transformers import AutoModel, AutoTokenizer
 
     image_model = timm.create_model(image, pretrained=True, num_classes=0).eval().to(device)
-    # The whole picture, as the caption may speak of things at its edge.
+    # No crop beyond what makes the picture a square: the caption may speak of things at its edge.
     preparation = resolve_model_data_config(image_model) | {"crop_pct": 1.0}
     with _quiet_transformers():
         text_model = AutoModel.from_pretrained(text)

@@ -68,7 +68,7 @@ def judge_by_towers(images: Tensor, texts: Tensor, image: Tensor, caption: Tenso
     first, second = (each.to(images.device) for each in decoys.pairs())
     pairs = torch.arange(len(images), device=images.device)
     weights = torch.ones(len(images), device=images.device)
-    if not len(first):  # without another image there are no decoys, and nothing can be said
+    if not len(first):  # without decoys nothing can be said about the pairs
         nothing = np.zeros(len(images))
         return TowerJudgement(nothing, nothing + 1, WrongShare(0.0, 0.0), 1.0)
     share: WrongShare | None = None

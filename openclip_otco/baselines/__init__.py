@@ -1,1 +1,1 @@
-"""Losses that OTCO is compared with, trained by the same script: MoCo, SimCLR as in SLIP, OTTER."""
+"""Losses that OTCO is compared with, trained by the same script: MoCo, SimCLR as in SLIP, OTTER, RCL."""

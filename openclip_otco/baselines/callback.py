@@ -17,7 +17,7 @@ from openclip_otco.train.training_callback import PlanWriter, TrainingCallback
 
 
 class MomentumCallback(TrainingCallback):
-    """Keeps the momentum encoders, and MoCo's queue where there is one, equal on all ranks and in the checkpoint.
+    """Updates the momentum encoders, and MoCo's queue where there is one. Both are equal on all ranks, and are saved.
 
     Args:
         name: of the loss; key of the state in the checkpoint.
@@ -50,7 +50,7 @@ class MomentumCallback(TrainingCallback):
         **_: object,
     ) -> None:
         """Moves the encoders towards the model, and puts the step's keys into the queue."""
-        # All ranks have the same weights after a step, so that their encoders stay the same without a word.
+        # All ranks have the same weights after a step, so their encoders stay equal without communication.
         self.encoders.update()
         if self.loss is not None and self.loss.keys is not None:
             self.loss.queue.add(gathered(self.loss.keys, self.world_size))
@@ -61,7 +61,7 @@ class MomentumCallback(TrainingCallback):
         return {"encoders": self.encoders.state_dict(), **queue}
 
     def on_load_checkpoint(self, state: Mapping[str, Any] | None) -> None:
-        """Takes up a saved state; without one the encoders start as the resumed model's copy, and a line says so."""
+        """Loads a saved state. Without one, the encoders start as copies of the resumed model, and the log says so."""
         start = "starting with the model's copy" + ("" if self.loss is None else " and an empty queue")
         if state is None:
             if self.master:
@@ -71,7 +71,7 @@ class MomentumCallback(TrainingCallback):
             self.encoders.load_state_dict(state["encoders"])
             if self.loss is not None:
                 self.loss.queue.load_state_dict(state["queue"], self.device)
-        except Exception as error:  # of another version, or broken: the model's own weights are worth more than these
+        except Exception as error:  # another version's state, or a broken one: the run goes on, without this state
             self.encoders.reset()
             if self.loss is not None:
                 self.loss.queue.clear()
@@ -85,7 +85,7 @@ class MomentumCallback(TrainingCallback):
 
 
 def gathered(pairs: Features, world_size: int) -> Features:
-    """The pairs of all `world_size` ranks in their order, without gradient, equal to the bit on all of them."""
+    """The pairs of all ranks, in the order of the ranks, without gradient; with one rank, `pairs` unchanged."""
     if world_size == 1:
         return pairs
     # One collective for both: the towers give features of the same shape and type.

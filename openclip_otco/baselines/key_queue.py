@@ -13,10 +13,10 @@ from openclip_otco.rules import AT_LEAST_ONE
 
 
 class KeyQueue:
-    """The newest `size` pairs of keys, first in, first out. It starts empty, and holds no random vectors.
+    """The newest `size` pairs of keys, first in, first out. It starts empty, not with random vectors.
 
     Args:
-        size: `K >= 1`, most pairs that it holds. Any batch size goes with it.
+        size: `K >= 1`, the largest number of pairs that it holds. It need not be a multiple of the batch size.
 
     Raises:
         ValueError: `size` below one.
@@ -33,12 +33,12 @@ class KeyQueue:
     def add(self, keys: Features) -> None:
         """Appends `(B, d)` image and text keys, row `i` of both one pair; a pair that is not finite is left out.
 
-        A single one that got in would make every later loss NaN until the queue has passed it on.
+        If the queue held a single such pair, every loss would be NaN until this pair left the queue.
         """
         finite = torch.isfinite(keys.images).all(dim=1) & torch.isfinite(keys.texts).all(dim=1)
         new = Features(*(side[finite].detach().float() for side in keys))
         held = new if self.keys is None else Features(*map(torch.cat, zip(self.keys, new, strict=True)))
-        # A copy, as a view would keep what has left the queue in memory and in the checkpoint.
+        # A copy: a view would also keep the keys that have left the queue, in memory and in the checkpoint.
         self.keys = Features(*(side[-self.size :].clone() for side in held))
 
     def clear(self) -> None:
@@ -50,7 +50,7 @@ class KeyQueue:
         return {} if self.keys is None else self.keys._asdict()
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str) -> None:
-        """Takes up a saved state, on `device`; of a larger queue it takes the newest pairs.
+        """Loads a saved state onto `device`; of a larger queue, only the newest pairs.
 
         Raises:
             ValueError: the state is not one of a queue.

@@ -16,8 +16,9 @@ class MoCoLoss(nn.Module):
         L = ½ mean_i [ -log softmax_0(s · v_i·[t^k_i, T_Q]) - log softmax_0(s · t_i·[v^k_i, V_Q]) ]
 
     `v, t` are the features, `v^k, t^k` the momentum encoders' keys of the same pairs, `V_Q, T_Q` the queued keys, `s`
-    the model's `logit_scale`. The negatives are the queue's alone, as in the paper; the batch's keys enter it after the
-    step. While it fills up there are fewer negatives, and in the first step of a run none: its loss is zero.
+    the model's `logit_scale`. As in the paper, only keys of the queue are negatives; the batch's keys enter the queue
+    after the step. Until the queue is full, there are fewer negatives. In the first step of a run there are none, so
+    the loss of this step is zero.
 
     Nothing is gathered here: all ranks hold the same queue, each has its own queries, and DDP's mean over ranks is the
     global batch's loss, whatever `--local-loss` and `--gather-with-grad` say.
@@ -47,7 +48,7 @@ class MoCoLoss(nn.Module):
         Args:
             image_features, text_features: this rank's.
             logit_scale: factor of the cosines, a scalar.
-            logit_bias: shifts all logits of a softmax alike, so that it has no effect.
+            logit_bias: ignored. It would add the same number to all logits of a softmax, which changes nothing.
             image_keys, text_keys: `(B, d)`, the momentum encoders' features of the same pairs.
             output_dict: whether to return the loss as `contrastive_loss` in a dict.
         """

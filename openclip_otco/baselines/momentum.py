@@ -21,11 +21,12 @@ from openclip_otco.train.model_call import images_and_texts
 class MomentumEncoders:
     """Adds `image_keys` and `text_keys`, `(B, d)` unit norm, to what the model gives out while it trains.
 
-    They reach the loss beside the features. The copy stays in training mode, as MoCo's key encoder does: its dropout is
-    its own, and its batch norm normalizes by the batch. It is no part of the model: not optimized, not wrapped by DDP.
+    The loss gets them together with the features. The copy stays in training mode, as MoCo's key encoder does: it draws
+    its own dropout, and its batch norm normalizes by the batch. The copy is not part of the model: the optimizer does
+    not change it, and DDP does not wrap it.
 
     Args:
-        model: the model as OpenCLIP made it, its weights those to start from, on the device where it trains.
+        model: the model as OpenCLIP made it, on the device where it trains, with the weights that the copy starts from.
         momentum: `m` in `[0, 1)`; after each step `θ_k <- m θ_k + (1 - m) θ_q`.
 
     Raises:
@@ -44,7 +45,7 @@ class MomentumEncoders:
         self._average(list(self.encoder.parameters()), list(self.model.parameters()), None)
 
     def reset(self) -> None:
-        """Makes them the model's copy again."""
+        """Sets the encoders' weights to those of the model."""
         self.encoder.load_state_dict(self.model.state_dict())
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -52,14 +53,14 @@ class MomentumEncoders:
         return dict(self.encoder.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up a saved state.
+        """Loads a saved state.
 
         Raises:
-            RuntimeError: it is of another model; some of the weights may have been changed then.
+            RuntimeError: the state is of another model. Some weights may have been changed already.
         """
         self.encoder.load_state_dict(state)
 
-    # Drawing random numbers for dropout, and another module than the one that is compiled.
+    # Not compiled: it draws random numbers for dropout, and it calls another module than the one that is compiled.
     @torch.compiler.disable
     @torch.no_grad()
     def _add_keys(

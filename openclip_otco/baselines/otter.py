@@ -14,7 +14,7 @@ from openclip_otco.method.features import Features
 from openclip_otco.ot import sinkhorn
 from openclip_otco.rules import POSITIVE, SHARE
 
-# η of the paper, in units of ε where that is large: it takes all mass from own pairs, as exp(-100) is zero in float32.
+# η of the paper, in units of max(1, ε). It takes practically all mass from own pairs: exp(-100) is below 1e-43.
 _DIAGONAL = 100.0
 
 
@@ -26,7 +26,7 @@ class OTTERLoss(ClipLoss):
         M = argmax_{M ∈ Π} <M, S> + ε H(M),   S = V' T'ᵀ + V' V'ᵀ + T' T'ᵀ - η I
 
     `v', t'` are the teacher's features of the global batch, without gradient, and `Π` the couplings of uniform
-    marginals. `η` keeps own pairs, whose mass the first term has already, out of the plan.
+    marginals. `η` keeps own pairs out of the plan: the first term is about them already.
 
     Args:
         share: `α` in `[0, 1]`; with 0 it is `ClipLoss` to the bit.
@@ -81,7 +81,7 @@ class OTTERLoss(ClipLoss):
             image_features if image_keys is None else image_keys, text_features if text_keys is None else text_keys
         )
         texts, images = soft_targets(gathered(teacher, self.world_size), self.epsilon)
-        # The labels are the numbers of this rank's rows as well.
+        # The labels are also the numbers of this rank's rows in the global batch.
         soft = F.cross_entropy(by_image, texts[labels].to(by_image.dtype))
         soft = (soft + F.cross_entropy(by_text, images[labels].to(by_text.dtype))) / 2
         terms = {"contrastive_loss": (1 - self.share) * contrastive, "otter_loss": self.share * soft}
@@ -100,10 +100,10 @@ def soft_targets(teacher: Features, epsilon: float) -> tuple[Tensor, Tensor]:
         similarity = images @ texts.T + images @ images.T + texts @ texts.T
         similarity -= _DIAGONAL * max(1.0, epsilon) * torch.eye(n, device=similarity.device)
         if not bool(torch.isfinite(similarity).all()):
-            nan = torch.full_like(similarity, torch.nan)  # the training loop's to find, as it is with ClipLoss
+            nan = torch.full_like(similarity, torch.nan)  # the training loop has to notice it, as with ClipLoss
             return nan, nan
         plan = sinkhorn(-similarity, epsilon)
-        # Rows and columns of the plan are normalized each by its own softmax: exact, however far Sinkhorn went.
+        # A softmax normalizes each row and each column of the plan, so they sum to 1 even if Sinkhorn stopped early.
         by_image = torch.softmax((similarity + plan.g) / epsilon, dim=1)
         by_text = torch.softmax((similarity + plan.f[:, None]) / epsilon, dim=0).T
     return by_image, by_text

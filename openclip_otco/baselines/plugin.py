@@ -59,7 +59,7 @@ class BaselinesPlugin:
             add_options(group, options)
 
     def check_args(self, parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-        """Fills in defaults and ends with one clear line and exit code 2 on what cannot train."""
+        """Fills in defaults. If the arguments cannot train, ends with exit code 2 and one line that says why."""
         for loss, options in OPTIONS.items():
             check_options(parser, args, options, loss)
         if args.loss not in self.losses:
@@ -70,13 +70,13 @@ class BaselinesPlugin:
         for flag in ("torchscript", "trace"):
             if getattr(args, flag, False):  # OpenCLIP 4 has them no longer
                 end(parser, f"argument --{flag}: not supported by --loss {args.loss}, which hooks into the model")
-        # Steps of 1 - m are lost in the rounding of half-precision weights.
+        # An update moves a weight by the share 1 - m of a difference only; half precision would round this to nothing.
         if _momentum(args) is not None and args.precision in ("fp16", "bf16", "pure_fp16", "pure_bf16"):
             end(parser, f"argument --precision: --loss {args.loss} averages weights in float32; use amp or amp_bf16")
 
     def prepare_model(self, args: argparse.Namespace, model: nn.Module) -> None:
         """Lets the model give the loss what it needs beside the features: keys, or features of second views."""
-        # Momentum encoders are copied later, when the weights to resume from are in.
+        # The momentum encoders are copied later, in `create_callbacks`: the weights of `--resume` are loaded before it.
         self.model = model if _momentum(args) is not None else None
         if args.loss == "simclr":
             preprocessing = open_clip.get_model_preprocess_cfg(model)
@@ -110,7 +110,7 @@ class BaselinesPlugin:
 
 
 def _momentum(args: argparse.Namespace) -> float | None:
-    """Of the momentum encoders that the loss needs; `None` where it needs none."""
+    """The momentum of the encoders that the loss needs; `None` where it needs none."""
     if args.loss == "moco":
         return float(args.moco_momentum)
     if args.loss == "otter" and args.otter_share and args.otter_momentum:

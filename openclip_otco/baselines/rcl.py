@@ -17,7 +17,8 @@ class RCLLoss(ClipLoss):
         L = -½ mean_i Σ_{j≠i} [ log(1 - p_ij) + log(1 - q_ij) ]
         p_i = softmax_j(s · v_i·t_j),   q_i = softmax_j(s · t_i·v_j)
 
-    A wrong caption is hardly ever a wrong negative. The own pair gains as the negatives lose, by the softmax alone.
+    A caption that is wrong for its own image is nearly always a true negative of another image. No term raises the
+    probability of the own pair. The softmax alone raises it, when the probabilities of the negatives fall.
 
     Args:
         clip_options: `local_loss`, `gather_with_grad`, `cache_labels`, `rank`, `world_size`, as in

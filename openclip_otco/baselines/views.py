@@ -20,7 +20,7 @@ from openclip_otco.train.model_call import images_and_texts
 # ITU-R BT.601: luma and chroma of red, green and blue. A rotation of the chroma is a change of hue.
 _YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], dtype=torch.float64)
 _RGB = torch.linalg.inv(_YIQ)
-# SLIP's, for pictures of 224 pixels; a picture of another size is blurred in proportion.
+# SLIP's range of the blur's sigma, in pixels of a picture of 224 pixels. It is scaled to the size of the picture.
 _SIGMA = (0.1, 2.0)
 _SIGMA_SIZE = 224
 
@@ -62,9 +62,9 @@ class RandomViews:
 
 
 class SecondView:
-    """Adds `view_features`, `(B, d)` unit norm, of a second view of the images to what the model gives out in training.
+    """Adds `view_features`, `(B, d)` unit norm, of a second view of the images to the model's output in training.
 
-    They have a gradient, and reach the loss beside the features.
+    They have a gradient. The loss gets them together with the features.
 
     Args:
         model: the model as OpenCLIP made it.
@@ -89,7 +89,7 @@ def crop(images: Tensor, height: Tensor, width: Tensor, top: Tensor, left: Tenso
     """A box of each of `(B, 3, H, W)` images, resized to the whole, bilinear.
 
     Args:
-        height, width: `(B,)`, of the box, as shares of the image's; what exceeds it is cut off.
+        height, width: `(B,)`, size of the box as shares of the image's height and width; a share above 1 counts as 1.
         top, left: `(B,)`, in `[0, 1]`: where the box lies, from one border to the other.
         flip: `(B,)` bool, whether left and right change places.
     """

@@ -1,9 +1,9 @@
 """Flickr8k for a study: its training captions as pairs, mismatched by a fixed list, and its dev split for validation.
 
-Hodosh, Young, Hockenmaier: Framing image description as a ranking task, JAIR 2013. The data are for research, and not
-in the package: a folder of the user's holds `train-*.tar` and `dev-*.tar`, whose samples are `KEY.jpg` and `KEY.json`
-(`{"captions": [...]}`), and for each share of mismatched images a list `mismatch-N.csv` (`key,caption_key`), or
-`mismatch-near-N.csv` with captions of similar images.
+Hodosh, Young, Hockenmaier: Framing image description as a ranking task, JAIR 2013. The data are for research, and are
+not in the package. The user needs a folder with `train-*.tar` and `dev-*.tar`, whose samples are `KEY.jpg` and
+`KEY.json` (`{"captions": [...]}`). For each share `N` of mismatched images, it also holds a list `mismatch-N.csv`
+(`key,caption_key`), or `mismatch-near-N.csv` with captions of similar images.
 """
 
 import csv
@@ -47,8 +47,8 @@ def write_train(source: Path, folder: Path, mismatch: str = NO_MISMATCH, matched
     """Writes the training shards into `folder`: a sample for each image and caption, and OpenCLIP's `sizes.json`.
 
     An image of the list `mismatch` gets all captions of the image that the list names, and none of its own. A shard
-    holds the i-th captions of one half of the images. So no image meets itself within a shard, and not often in what
-    OpenCLIP shuffles at a time, about two shards. Equal sources give equal bytes.
+    holds the i-th captions of one half of the images. So an image comes only once in a shard, and seldom twice in the
+    samples that OpenCLIP shuffles at a time, about two shards. Equal sources give equal bytes.
 
     Args:
         source: the folder with Flickr8k.

@@ -13,7 +13,7 @@ from braceexpand import braceexpand
 from openclip_otco.data.shard import BROKEN, is_local, key_and_kind, last_line, shard_samples
 from openclip_otco.errors import UserError
 
-# OpenCLIP's, in its order of preference.
+# The image types that OpenCLIP reads, in its order of preference.
 IMAGE_TYPES = ("jpg", "png", "jpeg", "webp")
 
 
@@ -50,7 +50,7 @@ def captions(sample: Mapping[str, bytes], by_line: bool = False) -> list[str]:
             one caption, as OpenCLIP trains on it.
 
     Raises:
-        ValueError: no JSON, `captions` that are no list of texts, or bytes that are no UTF-8.
+        ValueError: the `json` is not valid, `captions` is not a list of texts, or a text is not UTF-8.
     """
     facts = json.loads(sample["json"]) if "json" in sample else None
     if isinstance(facts, dict) and "captions" in facts:
@@ -70,7 +70,7 @@ def is_text(kind: str) -> bool:
 
 
 def texts(content: bytes, by_line: bool) -> list[str]:
-    """The captions in a `txt`: all of it as one, or each line; none of white space alone.
+    """The captions in a `txt`: the whole text, or each line of it. White space alone is no caption.
 
     Raises:
         ValueError: bytes that are no UTF-8.
@@ -129,7 +129,7 @@ def batches(
         data: shards, as OpenCLIP's `--val-data` names them.
         preprocess: what OpenCLIP gives for validation, from a PIL image to a `(3, H, W)` tensor.
         size: samples in a batch; the last may have fewer.
-        workers: processes that decode, 0 for none; more than there are shards would have nothing to do.
+        workers: number of processes that decode; 0 decodes in this process. At most one for each shard is started.
         by_line: as `captions` takes it.
 
     Raises:
@@ -148,7 +148,7 @@ def batches(
     loader = DataLoader(pipeline, batch_size=size, num_workers=min(workers, len(paths)), collate_fn=list)
     try:
         yield from loader
-    except Exception as error:  # of the decoders, which have no common base, and through a worker as text
+    except Exception as error:  # errors of decoders have no common base, and a worker passes them on as text
         raise UserError(f"--data {data}: {last_line(error)}") from error
 
 

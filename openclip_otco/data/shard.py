@@ -13,9 +13,9 @@ from urllib.parse import urlparse
 
 from openclip_otco.errors import UserError
 
-# What reading a torn shard, or a file that is none, raises.
+# The errors of reading a torn shard, or a file that is not a shard.
 BROKEN = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error)
-# WebDataset's own.
+# The pattern with which WebDataset splits a file's name into key and type.
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 
 
@@ -71,7 +71,7 @@ def is_local(shard: str) -> bool:
 
 
 def last_line(error: Exception) -> str:
-    """The message alone: what comes out of a worker has its traceback before it."""
+    """The last line of the message. An error from a worker process has a traceback in the lines before."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 

@@ -1,6 +1,6 @@
 """A look at the shards before training: are they there, and do they hold captions?
 
-OpenCLIP passes over samples without a `.txt` in silence, so that shards without captions would make it wait for ever.
+OpenCLIP skips samples without a `.txt` and gives no warning. With shards without captions it would wait for ever.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from webdataset.shardlists import expand_urls
 
 from openclip_otco.data.shard import BROKEN, is_local, key_and_kind, last_line
 
-# Members of a shard that are looked at; a caption stands next to its image, so the first few hundred tell.
+# Number of members of a shard that are checked. A caption is next to its image, so the first members are enough.
 _MEMBERS = 1000
 
 
 def caption_problem(data: str) -> str | None:
     """What is wrong with the shards named by `--train-data` or `--val-data`, in one line; `None` if nothing is.
 
-    Of each `::` source the first local shard that exists must be a readable tar with a caption (`.txt`) in it. Gaps in
-    a range are OpenCLIP's to skip; remote shards and pipes are not looked at.
+    Only the first local shard that exists of each `::` source is checked: it must be a readable tar file with a caption
+    (`.txt`). Shards that a range names but that are missing are no problem, because OpenCLIP skips them. Remote shards
+    and pipes are not checked.
     """
     for source in filter(None, data.split("::")):
         try:

@@ -30,11 +30,11 @@ from openclip_otco.frozen.towers import FrozenTower
 from openclip_otco.train.model_call import batches_have_names
 
 _SPLITS = ("train", "val")
-# Augmentations that change so few images that a few samples may not show it.
+# Augmentations that change only some images, so that the fingerprint of a few samples may miss them.
 _RARE = ("hflip", "vflip", "color_jitter", "auto_augment")
 # Images and captions that a tower encodes at a time.
 _IMAGES, _CAPTIONS = 64, 256
-# A network file system shows what others wrote after a while.
+# On a network file system, files that another machine wrote may appear late.
 _SECONDS_TO_APPEAR = 60.0
 _SECONDS_BETWEEN_LINES = 10.0
 # Ranks wait for each other's encoding, and not all have as much to do.
@@ -42,15 +42,15 @@ _LONGEST_PASS = timedelta(days=7)
 
 
 def _is_rarely_random(aug_cfg: Mapping[str, Any] | None) -> bool:
-    """Whether `--aug-cfg` asks for one of timm's augmentations by its probability."""
+    """Whether `--aug-cfg` asks for an augmentation of timm that may leave the samples of a fingerprint unchanged."""
     return any(value and (name in _RARE or name.endswith("_prob")) for name, value in (aug_cfg or {}).items())
 
 
 class TableData:
-    """Replaces OpenCLIP's datasets by ones that read features.
+    """Replaces OpenCLIP's datasets by datasets of features.
 
-    With a locked image tower, a batch holds its features in place of images. With a locked text tower it holds that
-    tower's features, else the captions' tokens. `FrozenTower` takes either.
+    A batch holds features of the locked image tower in place of images. If the text tower is locked too, the batch
+    holds its features; else it holds the tokens of the captions. A `FrozenTower` accepts features or its usual inputs.
 
     Args:
         args: OpenCLIP's.
@@ -75,7 +75,7 @@ class TableData:
         self._group: Any = None
 
     def obstacle(self, data: Mapping[str, DataInfo]) -> str | None:
-        """Why batches must be images and captions as they are in the shards; None if features will do."""
+        """Why batches must hold images and captions from the shards; None if they can hold features."""
         args = self.args
         if "image" not in self.towers:
             return "the image tower is not locked"
@@ -98,7 +98,7 @@ class TableData:
         return None
 
     def replace(self, data: dict[str, DataInfo]) -> None:
-        """Encodes what is new, each rank its share, and puts loaders of features into `data`.
+        """Encodes the inputs that no table has yet, each rank its share, and puts loaders of features into `data`.
 
         Raises:
             RuntimeError: a shard is missing or empty, the folder cannot be written, or ranks do not share it.
@@ -106,7 +106,8 @@ class TableData:
         splits = self._splits(data)
         self._group = dist.new_group(backend="gloo", timeout=_LONGEST_PASS) if self.args.distributed else None
         try:
-            # Transforms draw even where nothing comes of it; a run that has to encode must go on as a later one.
+            # Transforms draw random numbers even where these change nothing. A run that encodes must train with the
+            # same random numbers as a later run, which finds all features in the tables.
             with own_random_numbers():
                 for split in splits:
                     data[split] = self._replaced(split, data[split])
@@ -176,7 +177,7 @@ class TableData:
         args = self.args
         keys = [lacking(table, pairs, source.kind)]
         if self._group is not None:
-            # The first rank's word counts: another run may be adding rows between two looks at the folder.
+            # All ranks take the list of the first one. Their own lists may differ, as another run may be adding rows.
             dist.broadcast_object_list(keys, src=0, group=self._group)
         mine = share(keys[0], args.rank, args.world_size)
         unread = torch.tensor(fill(table, shards, mine, source, args.workers, tell=args.rank == 0))
@@ -198,12 +199,12 @@ class TableData:
         return int(((table.find(keys) < 0) & ~table.failed(keys)).sum())
 
     def _table(self, split: str, source: Input) -> FeatureTable:
-        """The table of such rows, made once; both splits have their captions in one."""
+        """The table of the rows of `source`, made once. Captions of both splits are in the same table."""
         prepared = self._fingerprint(split if source.kind == "image" else "text", source)
         key = source.kind, prepared
         if key not in self._tables:
             tower = self.towers.get(source.kind)
-            # Devices round in their own ways.
+            # Different types of devices round differently, so each type has its own table.
             made_by = f"{tower.digest()} {torch.device(self.args.device).type}" if tower else "tokens"
             content = hashlib.sha256(f"{made_by} {prepared}".encode())
             self._tables[key] = FeatureTable(self.folder / f"{source.kind}-{content.hexdigest()[:16]}")

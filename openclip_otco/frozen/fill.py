@@ -1,4 +1,4 @@
-"""The pass that gives a feature table the rows that it lacks."""
+"""The pass over the shards that encodes missing rows and adds them to a feature table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from openclip_otco.frozen.shard_pairs import ShardPairs, content_key, samples
 from openclip_otco.frozen.table import FeatureTable
 
-# Rows of a part: what a pass that is stopped has to do again.
+# Rows of a part. If a pass is killed, about as many rows at most have to be encoded again.
 _PART_ROWS = 4096
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -27,10 +27,10 @@ class Input:
 
     Attributes:
         kind: `image` or `text`.
-        prepare: from bytes to a tensor, in a loader's process; what it raises leaves the pair out (but for lack of
-            memory).
+        prepare: makes a tensor of the bytes, in a process of the loader. If it raises an error, the pair is left out;
+            only a `MemoryError` ends the pass.
         encode: from tensors `(b, ...)` to rows `(b, d)`, on this process's device.
-        batch: `b`, at most.
+        batch: the largest `b`.
     """
 
     kind: Literal["image", "text"]
@@ -40,12 +40,12 @@ class Input:
 
 
 def lacking(table: FeatureTable, pairs: Sequence[ShardPairs], kind: str) -> list[Tensor]:
-    """For each shard the keys `(n,)` that the table knows nothing of and no earlier shard holds.
+    """For each shard, its keys `(n,)` that are neither in the table, nor known as failed, nor in an earlier shard.
 
     Args:
-        table: of the features.
-        pairs: of each shard.
-        kind: `image` or `text`: of which of the two.
+        table: the table of the features.
+        pairs: the pairs of each shard.
+        kind: `image` or `text`: whether keys of images or of captions are meant.
     """
     keys = torch.cat([getattr(each, kind) for each in pairs])
     shard = torch.repeat_interleave(torch.tensor([len(each.image) for each in pairs]))
@@ -58,7 +58,7 @@ def lacking(table: FeatureTable, pairs: Sequence[ShardPairs], kind: str) -> list
 
 
 def share(keys: Sequence[Tensor], rank: int, world_size: int) -> list[Tensor]:
-    """A rank's share of the keys of all shards: about as many as any other's, in a row, so that it reads few shards."""
+    """A rank's share of the keys of all shards: about as many keys as other ranks have, and of few shards."""
     total = sum(map(len, keys))
     start, stop = total * rank // world_size, total * (rank + 1) // world_size
     mine, seen = [], 0
@@ -79,10 +79,10 @@ def fill(
         keys: of the images or captions that are to be encoded, for each shard.
         source: how they are decoded and encoded.
         workers: processes that decode, 0 for none.
-        tell: whether to log how far it is.
+        tell: whether to log progress.
 
-    What cannot be decoded has a warning in the log and is kept as failed; what a torn shard holds is not, and will be
-    tried again.
+    An input that cannot be decoded causes a warning in the log, and its key is kept as failed. A key that is not found,
+    because its shard is torn, is not kept as failed, so a later pass tries it again.
 
     Returns:
         How many keys were not found in their shards.
@@ -122,7 +122,7 @@ def fill(
                 speed = done / (told - started)
                 logging.info(f"Frozen features: {seen:,} of {total:,} {source.kind}s encoded ({speed:,.0f}/s)")
     finally:
-        # Also on the way out of an error or an interruption: what is encoded is kept.
+        # Also after an error or an interruption, so that rows that were encoded are kept.
         write()
     if failed:
         table.add_failed(torch.cat(failed))

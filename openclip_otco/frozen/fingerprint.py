@@ -1,4 +1,4 @@
-"""Fingerprints of functions: what an image transform or a tokenizer does to a few samples tells it from others."""
+"""Fingerprints of functions: an image transform or a tokenizer is recognized by its outputs for a few samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 _TIMES = 8
-# Square, or longer than the 3:4 to 4:3 that RandomResizedCrop draws from: with `scale=(1, 1)` it takes all of these.
+# Square, or longer than the 3:4 to 4:3 that RandomResizedCrop draws from. So with `scale=(1, 1)` its crop of each of
+# these is the same every time: the whole picture, or the same crop of its middle.
 _SIZES = ((96, 160), (301, 200), (64, 64), (400, 640))
 _CAPTIONS = (
     "A brown dog, and a black one, run through the snow; nobody follows them!",
@@ -30,7 +31,7 @@ def sample_images() -> list[bytes]:
     """Pictures of noise, of several shapes and sizes, as PNG files."""
     generator, files = np.random.default_rng(0), []
     for height, width in _SIZES:
-        # Coarse and fine structure, so that every way of resizing leaves another trace.
+        # Coarse and fine structure, so that different ways of resizing give different pixels.
         coarse = generator.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3)).repeat(8, axis=0).repeat(8, axis=1)
         fine = generator.integers(-20, 21, (height, width, 3))
         pixels = (coarse[:height, :width] + fine).clip(0, 255).astype(np.uint8)
@@ -46,10 +47,10 @@ def sample_captions() -> list[bytes]:
 
 
 def fingerprint(function: Callable[[bytes], Tensor], samples: Sequence[bytes]) -> str | None:
-    """Sixteen hexadecimal digits of what `function` gives for the samples; None if it differs from time to time.
+    """A hash of the outputs of `function` for the samples, sixteen hexadecimal digits; None if its outputs are random.
 
-    What is random too seldom to show in eight times is not found. Python's, NumPy's and torch's random numbers are the
-    same for each rank and seed here, and go on as if nothing had been drawn.
+    It calls `function` eight times for each sample; randomness that is too rare to show in these calls is not found.
+    Python's, NumPy's and torch's random numbers are the same for each rank and seed here, and are restored afterwards.
     """
     digests = set()
     with own_random_numbers():
@@ -65,7 +66,7 @@ def fingerprint(function: Callable[[bytes], Tensor], samples: Sequence[bytes]) -
 
 @contextmanager
 def own_random_numbers() -> Iterator[None]:
-    """Random numbers of its own, the same each time; Python's, NumPy's and torch's go on behind it as if never used."""
+    """Gives its block the same random numbers each time, and then restores those of Python, NumPy and torch."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         try:

@@ -17,14 +17,14 @@ from openclip_otco.frozen.table import FeatureTable
 class SeededBatches(Sampler[list[int]]):
     """The pairs of each batch of an epoch, for one rank.
 
-    All ranks walk through the same random permutations of the pairs, one after the other until the epoch is full, and
-    each takes its part of every step: so each pair comes once before any comes twice, and the pairs of a step do not
-    depend on the number of ranks.
+    All ranks go through the same random permutations of the pairs, one after the other until the epoch is full, and
+    each rank takes its part of every step. So each pair comes once before any pair comes twice, and the pairs of a step
+    depend on the size of the global batch, but not on the number of ranks that share it.
 
     Args:
         size: number of pairs.
-        batch: pairs of a rank's step.
-        steps: of an epoch.
+        batch: number of pairs of one rank in a step.
+        steps: number of steps of an epoch.
         seed: not negative.
         epoch: called when an epoch starts; its number, from 0, decides the order as the seed does.
         rank, world_size: which of how many processes this one is.
@@ -52,7 +52,7 @@ class SeededBatches(Sampler[list[int]]):
 
 
 class BatchesInOrder(Sampler[list[int]]):
-    """All `size` pairs in their order, `batch` at a time, the last time what is left; as OpenCLIP validates."""
+    """All `size` pairs in their order, as OpenCLIP validates: `batch` at a time, and the rest in the last batch."""
 
     def __init__(self, size: int, batch: int) -> None:
         self.size, self.batch = size, batch

@@ -1,4 +1,4 @@
-"""Memory: outputs by the content of the inputs, in this process and in a file that runs share."""
+"""Memory: an encoder's outputs, found by the content of its inputs; in this process, and in a file that runs share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def input_keys(inputs: Tensor) -> list[bytes]:
 class FeatureMemory:
     """Remembers what an encoder gave for each input.
 
-    When it is full, what was not asked for the longest goes first. The file holds only what was asked for twice.
+    When it is full, it forgets the input that was not asked for the longest time. The file holds only inputs that were
+    asked for at least twice, unless `save` is told to keep everything.
 
     Args:
         path: the file; made by `save`. One that cannot be read is passed over, with a warning.
@@ -42,7 +43,7 @@ class FeatureMemory:
         self.hits = self.asked = 0
         self._rows: OrderedDict[bytes, Tensor] = OrderedDict(_read(path))
         self._worth_keeping = set(self._rows)
-        self._saved = len(self._worth_keeping)
+        self._saved = set(self._worth_keeping)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -71,17 +72,18 @@ class FeatureMemory:
         return features.to(inputs.device)
 
     def save(self, everything: bool = False) -> None:
-        """Adds to the file what it lacks, whole or not at all; other processes may do the same at once.
+        """Adds to the file the rows that it lacks. It is written whole or not at all, also if several processes do so.
 
         Args:
-            everything: also what was asked for only once, as by an evaluation, whose inputs are the same each time.
+            everything: whether to save also inputs that were asked for only once. An evaluation does so, because its
+                inputs are the same each time.
 
         Raises:
             OSError: the file cannot be written.
         """
         if everything:
             self._worth_keeping.update(self._rows)
-        if len(self._worth_keeping) == self._saved:
+        if self._worth_keeping <= self._saved:
             return
         with locked(self.path):
             kept = {**_read(self.path), **{key: row for key, row in self._rows.items() if key in self._worth_keeping}}
@@ -89,7 +91,7 @@ class FeatureMemory:
             keys = torch.frombuffer(bytearray(b"".join(key for key, _ in rows)), dtype=torch.uint8)
             content = {"keys": keys.view(-1, _KEY_BYTES), "features": torch.stack([row for _, row in rows])}
             save_tensors(self.path, content)
-        self._saved = len(self._worth_keeping)
+        self._saved = set(self._worth_keeping)
 
     def _most_rows(self, row: Tensor) -> int:
         return max(1, self.most_bytes // (row.numel() * row.element_size()))
@@ -105,8 +107,8 @@ def _read(path: Path) -> dict[bytes, Tensor]:
     if not path.is_file():
         return {}
     try:
-        # Not load_file, which opens the file twice: another process may have replaced it in between, and features would
-        # be read at the places of the old file.
+        # Not load_file, which opens the file twice. If another process replaced the file in between, features would be
+        # read at the wrong places.
         content = load(path.read_bytes())
         keys, features = content["keys"], content["features"]
         if len(keys) != len(features):

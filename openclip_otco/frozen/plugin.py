@@ -51,7 +51,7 @@ class FrozenFeaturesPlugin:
         )
 
     def check_args(self, parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-        """Ends with one clear line and exit code 2 on what cannot be remembered."""
+        """If features cannot be kept with these arguments, ends with exit code 2 and one line that says why."""
         if args.frozen_image_size is not None:
             if args.frozen_features is None:
                 end(parser, "argument --frozen-image-size: needs --frozen-features")
@@ -104,7 +104,7 @@ class FrozenFeaturesPlugin:
             )
 
     def prepare_data(self, args: argparse.Namespace, data: dict[str, Any], preprocess: Any, tokenizer: Any) -> None:
-        """Lets batches hold features where all that the locked towers see is known before."""
+        """Lets batches hold features in place of images and captions, unless there is a reason against it."""
         if not self._towers:
             return
         from openclip_otco.frozen.data import TableData
@@ -121,7 +121,7 @@ class FrozenFeaturesPlugin:
 
 
 class FrozenFeaturesCallback(TrainingCallback):
-    """Saves what the towers remember after each epoch, and tells how often they did.
+    """After each epoch, saves the features that the towers remember, and logs the share of inputs that they remembered.
 
     Args:
         towers: `FrozenTower`s.

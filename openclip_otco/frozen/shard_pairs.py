@@ -37,7 +37,8 @@ def samples(shard: Path) -> Iterator[tuple[bytes, bytes]]:
     """The image and the caption of each pair, as bytes, in the pairs' order; OpenCLIP's own reading of a shard.
 
     Raises:
-        Exception: of WebDataset or `tarfile`, which have no common base, behind the last pair that can be read.
+        Exception: the shard is torn; raised after the last pair that can be read. The errors of WebDataset and
+            `tarfile` have no common base.
     """
     pipeline = wds.DataPipeline(
         wds.SimpleShardList([str(shard)]),
@@ -51,7 +52,7 @@ def samples(shard: Path) -> Iterator[tuple[bytes, bytes]]:
 def shard_pairs(shard: Path, folder: Path) -> ShardPairs:
     """The pairs of `shard`, kept in `folder` until the shard's size or time changes.
 
-    A shard that is torn has those before the tear, with a warning, and they are not kept.
+    If the shard is torn, these are the pairs before the tear. A warning says so, and they are not kept in `folder`.
 
     Raises:
         OSError: the shard is missing, or the folder cannot be written.

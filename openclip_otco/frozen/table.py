@@ -16,14 +16,14 @@ _PARTS = ("part-*.safetensors", "failed-*.safetensors")
 
 
 class FeatureTable:
-    """Rows of `d` numbers, each under a key of 64 bits, and keys that no row can be made for.
+    """Rows of `d` numbers, each with a key of 64 bits, and the keys for which no row can be made.
 
-    A part is a file with some keys and their rows, written once and never changed. Processes may add parts at the same
-    time, and see those of others after `reload`. Rows stay on the disk until they are taken, so that a table may be
-    larger than memory.
+    A part is a file with some keys and their rows. Its content never changes. Several processes may add parts at the
+    same time; after `reload`, a process sees the parts of the others. Rows stay on the disk until `take` reads them, so
+    a table may be larger than memory.
 
     Args:
-        folder: of the parts; made by `add`. A part that cannot be read is passed over, with a warning.
+        folder: the folder of the parts; `add` makes it. A part that cannot be read is ignored, with a warning.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,7 +33,7 @@ class FeatureTable:
         self._keys = self._rows = torch.zeros(0, dtype=torch.int64)
         self._failed: dict[str, Tensor] = {}
         self._broken: set[str] = set()
-        self._behind = True
+        self._may_lack_parts = True
 
     def __len__(self) -> int:
         """Number of rows; a key that two processes added at once counts twice."""
@@ -41,8 +41,8 @@ class FeatureTable:
         return int(self._starts[-1])
 
     def reload(self) -> None:
-        """Takes up the parts that have come to the folder since the last time."""
-        self._behind = False
+        """Loads the parts that were added to the folder since the last time."""
+        self._may_lack_parts = False
         known = {*self._parts, *self._failed, *self._broken}
         there = sorted(path for kind in _PARTS for path in self.folder.glob(kind))
         new = {path.name: path for path in there if path.name not in known}
@@ -107,7 +107,7 @@ class FeatureTable:
         self._write("part", {"keys": keys, "features": features})
 
     def add_failed(self, keys: Tensor) -> None:
-        """Keeps that no row can be made for these keys, `(n,)` int64, so that nobody tries again.
+        """Records that no row can be made for these keys, `(n,)` int64, so that no later pass tries it.
 
         Raises:
             OSError: the folder cannot be written.
@@ -119,9 +119,9 @@ class FeatureTable:
         name = f"{kind}-{hashlib.sha256(content['keys'].numpy().tobytes()).hexdigest()[:16]}.safetensors"
         save_tensors(self.folder / name, content)
         self._broken.discard(name)
-        # A pass adds thousands of parts; they are looked at when somebody asks.
-        self._behind = True
+        # Not `reload` here: a pass adds thousands of parts, and nobody may ask for their rows before its end.
+        self._may_lack_parts = True
 
     def _catch_up(self) -> None:
-        if self._behind:
+        if self._may_lack_parts:
             self.reload()

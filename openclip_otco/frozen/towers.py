@@ -1,4 +1,4 @@
-"""Towers: which parts of an OpenCLIP model are locked, and how their features come out of the memory."""
+"""Towers: which parts of an OpenCLIP model are locked, and how their features are taken from the memory."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from openclip_otco.frozen.memory import FeatureMemory
 
 
 class FrozenTower:
-    """The locked part of a tower: its features are looked up, and computed in evaluation mode where they are new.
+    """The locked part of a tower. It looks features up in its memory, and computes those that the memory does not have.
 
-    In evaluation mode dropout and drop path are off and batch norms use their running statistics, whatever mode the
-    model is in: else equal inputs would not give equal features.
+    It computes in evaluation mode, whatever mode the model is in: dropout and drop path are off, and batch norms use
+    their running statistics. Else equal inputs would not give equal features.
 
     Args:
         kind: `image` or `text`, the first part of the memory's file name.
         parts: modules that make the features; all their parameters are locked.
         encode: from inputs `(b, ...)` to features `(b, d)`, by those modules.
-        folder: for the memory's file, which is named by a digest of the parts, so that no other tower reads it. None:
-            nothing is remembered.
-        setting: whatever else decides the features, such as OpenCLIP's `--precision`; part of the digest.
+        folder: the folder of the memory's file. The file's name has a digest of the parts, so that no other tower reads
+            it. None: nothing is remembered.
+        setting: all other settings that change the features, such as OpenCLIP's `--precision`; part of the digest.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class FrozenTower:
 
     @torch.compiler.disable
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Features `(B, d)` of inputs `(B, ...)`, without gradient. Inputs that are features already pass."""
+        """Features `(B, d)` of inputs `(B, ...)`, without gradient. Inputs that are features are returned unchanged."""
         if inputs.ndim == 2 and inputs.is_floating_point():
             return inputs
         if self.folder is None:
@@ -84,15 +84,16 @@ def freeze_towers(
 ) -> list[FrozenTower]:
     """Lets the locked towers of an OpenCLIP model take their features from memory, as `FrozenTower` says.
 
-    Known are timm's image towers and text towers of Hugging Face. What is remembered is what the trained head gets: the
-    trunk's output, or the pooled one. Parameters, buffers and their names stay as they are.
+    It knows image towers of timm and text towers of Hugging Face. The memory holds the inputs of the trained heads: the
+    output of the image trunk, and the pooled output of the text transformer. Parameters, buffers and their names stay
+    as they are.
 
     Args:
         model: an OpenCLIP model.
         folder: for the memories' files; None where nothing is to be remembered.
         precision: OpenCLIP's `--precision`.
-        image_size: pixels to which images are enlarged before the image tower encodes them. Loaders and keys then deal
-            with the small ones, which is most of the time of a run that remembers its features.
+        image_size: side in pixels to which images are enlarged before the image tower encodes them. So loaders and keys
+            deal with smaller images. Loaders and keys take most of the time of a run that remembers its features.
 
     Returns:
         The towers found locked: none, one or two.
@@ -145,7 +146,7 @@ def _projected_features(self: Any, tokens: Tensor) -> Tensor:
 def _pooled(text: Any, tokens: Tensor) -> Tensor:
     """The text tower's pooled output `(b, d)` of tokens `(b, L)`, each caption without its padding.
 
-    Captions fill a third of their places; attention is masked, so the padding changes nothing but the time.
+    A caption fills about a third of its places. Attention is masked, so the padding would only cost time.
     """
     lengths = (tokens != text.config.pad_token_id).sum(1)
     features: list[Tensor] = [torch.empty(0)] * len(tokens)

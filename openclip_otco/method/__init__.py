@@ -1,1 +1,1 @@
-"""The method: what plans do in the loss."""
+"""The method: how transport plans are made, and how the loss uses them."""

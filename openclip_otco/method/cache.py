@@ -1,4 +1,4 @@
-"""The cache: the last plans, of which each step draws some."""
+"""The cache: it keeps the last plans, and each step draws some of them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from openclip_otco.rules import AT_LEAST_ONE
 
 
 class PlanCache:
-    """A bounded dictionary from step to plan, oldest out first.
+    """A dictionary from step to plan. When it is full, a new plan replaces the oldest one.
 
     Args:
         size: plans kept, at least 1.
-        seed: of the draws. A draw depends on seed and step alone, so a resumed run draws as an uninterrupted one.
+        seed: seed of the draws. With the same plans, a draw depends on seed and step alone. So a resumed run draws the
+            same plans as an uninterrupted run.
 
     Raises:
         ValueError: `size` below one.
@@ -66,7 +67,7 @@ class PlanCache:
         return tuple(generator.sample(list(self._plans.values()), min(count, len(self))))
 
     def digest(self) -> str:
-        """A hash of the plans: equal on two ranks only if they are, to the bit."""
+        """A hash of the plans. It is equal on two ranks only if their plans are equal to the bit."""
         plans = [f"{plan.step} {plan.epsilon} {plan.coupled} {plan.digest()}" for plan in self._plans.values()]
         return hashlib.sha256("\n".join(plans).encode()).hexdigest()[:16]
 
@@ -75,10 +76,10 @@ class PlanCache:
         return {"plans": [plan.state_dict() for plan in self._plans.values()]}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
-        """Takes up saved plans, on `device`; the newest ones where there are more than `size`.
+        """Loads saved plans onto `device`; only the newest `size` plans where more were saved.
 
         Raises:
-            KeyError, TypeError, ValueError: the state is none. The cache is as it was then.
+            KeyError, TypeError, ValueError: this is not the state of a cache. The cache stays as it was.
         """
         plans = [TransportPlan.from_state_dict(plan).to(device) for plan in state["plans"]]
         if len({plan.image_features.shape[1] for plan in plans}) > 1:

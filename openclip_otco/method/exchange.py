@@ -1,4 +1,4 @@
-"""What the loss and the maker of its plans tell each other."""
+"""The exchange between the loss and the callback that makes its plans."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from openclip_otco.method.plan import TransportPlan
 
 @dataclass
 class PlanExchange:
-    """Held by the loss. Before a step somebody sets its plans; the loss writes down what it found in the step.
+    """A part of the loss. The callback sets the plans before a step; the loss adds what it found in the step.
 
     Attributes:
         drawn: the plans that generate the transported pairs.
         newest: the plan that measures trust and weighs negatives; `None`: there is none yet.
-        keeps_features: whether the loss leaves its features here, until somebody takes them.
-        features: the global batch of the last call, without gradient; `None`: not kept, or taken.
-        plans_acted: whether plans changed the loss of the last call.
-        effective_share: the share of the batch that carried the last loss, a scalar; `None`: all pairs alike.
+        keeps_features: whether the loss keeps the features of the global batch here until `take_features`.
+        features: the features of the global batch of the last call, without gradient; `None`: not kept, or taken.
+        plans_acted: whether the last call used plans, in a weight of a pair or of a negative, or in a transported pair.
+        effective_share: the effective share of the batch in the last loss, a scalar; `None`: all pairs weigh alike.
         matched_share: the share of matched pairs that the plan found, a scalar; `None`: not estimated.
 
     Example::
@@ -59,6 +59,6 @@ class PlanExchange:
             self.features = features.detach()
 
     def take_features(self) -> Features | None:
-        """The features that were kept; they are kept no longer, so that their memory is free."""
+        """Returns the features that were kept, and forgets them, so that their memory can be freed."""
         features, self.features = self.features, None
         return features

@@ -1,4 +1,4 @@
-"""OTCO loss: InfoNCE weighted by plan confidence, with transported pairs beside the real ones."""
+"""OTCO loss: InfoNCE whose pairs and negatives are weighted by transport plans; transported pairs are optional."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from openclip_otco.ot import sinkhorn_divergence
 from openclip_otco.ot.defaults import EPSILON
 from openclip_otco.rules import NOT_NEGATIVE, POSITIVE, SHARE, one_of
 
-# What trust in a pair is: the probability that it is matched, or the method's plan confidence.
+# The measure of trust in a pair: `posterior`, the probability that it is matched; `share`, the plan confidence.
 TRUSTS = ("posterior", "share")
 
 
@@ -28,40 +28,46 @@ class Asked(NamedTuple):
     """What the newest plan says of the global batch.
 
     Args:
-        log_trust: `(n,)`, of the pairs: the logarithm of their density, or of their confidence. None: not asked.
-        potentials: of their images and texts, `(n,)` each, as members of the support. None: not asked.
+        log_trust: `(n,)`, for each pair the logarithm of its density or of its confidence. None: not asked.
+        potentials: the potentials of the images and texts, `(n,)` each, if they were in the support. None: not asked.
+        share: of the pairs that are matched, a scalar. None: not estimated.
     """
 
     log_trust: Tensor | None = None
     potentials: Potentials | None = None
+    share: Tensor | None = None
 
 
 class OTCOLoss(ClipLoss):
-    """`ClipLoss` with cached transport plans at work (method, section 4).
+    """`ClipLoss` that uses cached transport plans (method, section 4).
 
-        L = Σ_i c_i · InfoNCE(v_i, t_i)
-          + λ/K · Σ_k Σ_i c_i · [InfoNCE(v'_i, t_i) + InfoNCE(v_i, t'_i)]
+        L = mean_i c_i · InfoNCE(v_i, t_i)
+          + λ/K · Σ_k mean_i c_i · [InfoNCE(v'_i, t_i) + InfoNCE(v_i, t'_i)]
           + μ · S_ε(V, T)
 
-    In the first term `log w_ij` is added to the logit of the negative `(i, j)` (`method/weights.py`). `v'` is
-    compared among texts and `t'` among images, never across. Until plans are set (`exchange.set_plans`), and
-    with `λ = γ = μ = β = 0`, it is `ClipLoss` to the bit.
+    The means are over the pairs of the global batch, and the weights `c_i` have mean 1 over them.
+
+    In the first term `log w_ij` is added to the logit of the negative `(i, j)` (`method/weights.py`). A transported
+    image `v'` is compared with texts only, and a transported text `t'` with images only. With `λ = γ = μ = β = 0`,
+    the loss is `ClipLoss` to the bit. The same holds with `μ = 0` until plans are set (`exchange.set_plans`).
 
     Args:
         confidence: `γ >= 0`, the power of the plan confidence that makes the weights `c_i`; 0 switches them off.
-        trust: what is raised to that power. `posterior`: the probability that the pair is matched, with the share of
-            matched pairs estimated from the batch (`posterior.matched_share`): on clean captions nearly all weights are
-            1. `share`: the own pair's shares of its row and column of the plan, as the method has it.
-        least_share: in `[0, 1]`, the least effective share of the batch that confidence leaves to carry the loss; a
-            step that would fall below takes a smaller power (`tempered`). 0 sets no limit. A young model's confidence
-            rests on a few pairs; without a limit the model learns those alone, and training can collapse. With
-            `posterior`, a step whose estimated share of matched pairs is smaller weighs all pairs alike.
-        negatives: what weighs negatives: `plan`, its density at them; `similarity`, their cosine alone, to compare
-            with; `none`.
-        negative_power: `β >= 0`, the power of that density; of the similarity, `β/ε` is the factor.
+        trust: the quantity that is raised to that power. `posterior`: the probability that the pair is matched; the
+            share of matched pairs is estimated from the batch (`posterior.matched_share`), so on clean captions nearly
+            all weights are 1. `share`: the product of the pair's shares of its row and of its column of the plan.
+        least_share: in `[0, 1]`, the smallest effective share of the batch that the weights `c_i` may have; a step
+            whose share would be smaller takes a smaller power (`tempered`). 0 sets no limit. A model that has just
+            begun to learn trusts only a few pairs; without a limit it learns these alone, and training can collapse.
+            With `posterior`, all pairs have weight 1 in a step whose estimated share of matched pairs is below this.
+        negatives: what decides the weight of a negative. `price`: its cosine, and the plan's price of its caption or
+            image. `none`: all weights are 1. For comparison only: `plan`, the plan's density at the negative, and
+            `similarity`, its cosine alone.
+        negative_power: `β >= 0`, the power of these weights; `β/ε` is the factor of the cosine.
+        negative_price: `η >= 0`, how much a price counts beside the cosine, in weights by `price`.
         transport_weight: `λ >= 0`, of the transported pairs.
-        own_pair: whether a pair's own partner is in the support that transports it. Without it `v'` is made of other
-            samples alone, and `(v', t)` is no positive pair; to compare with.
+        own_pair: whether the support that transports an image or a text holds its own partner. `False` is for
+            comparison only: `v'` is then made of other samples alone, so `(v', t)` is not a positive pair.
         divergence_weight: `μ >= 0`, of the Sinkhorn divergence between the batch's images and texts.
         epsilon: `ε` of that divergence, in units of the cost.
         clip_options: `local_loss`, `gather_with_grad`, `cache_labels`, `rank`, `world_size`, as in
@@ -71,7 +77,7 @@ class OTCOLoss(ClipLoss):
         exchange: where plans are set, and where the loss says what it found in a step (`PlanExchange`).
 
     Raises:
-        ValueError: a setting out of its range, or a name for `trust` or `negatives` that there is not.
+        ValueError: a setting is out of its range, or `trust` or `negatives` is an unknown name.
 
     Example:
         ```python
@@ -91,8 +97,9 @@ class OTCOLoss(ClipLoss):
         least_share: float = 0.25,
         own_pair: bool = True,
         trust: str = "posterior",
-        negatives: str = "plan",
+        negatives: str = "price",
         negative_power: float = 0.6,
+        negative_price: float = 1.0,
         **clip_options: Any,
     ) -> None:
         super().__init__(**clip_options)
@@ -101,6 +108,7 @@ class OTCOLoss(ClipLoss):
             transport_weight=transport_weight,
             divergence_weight=divergence_weight,
             negative_power=negative_power,
+            negative_price=negative_price,
         )
         POSITIVE.check(epsilon=epsilon)
         SHARE.check(least_share=least_share)
@@ -108,7 +116,7 @@ class OTCOLoss(ClipLoss):
         one_of(NEGATIVES).check(negatives=negatives)
         self.confidence = confidence
         self.trust = trust
-        self.negatives, self.negative_power = negatives, negative_power
+        self.negatives, self.negative_power, self.negative_price = negatives, negative_power, negative_price
         self.least_share = least_share
         self.transport_weight = transport_weight
         self.own_pair = own_pair
@@ -137,8 +145,8 @@ class OTCOLoss(ClipLoss):
             output_dict: whether to return a dict.
 
         Returns:
-            The sum, or with `output_dict` its weighted terms: `contrastive_loss`, and where they act `transport_loss`
-            and `divergence_loss`. Whoever trains adds the entries up, so nothing else may stand among them.
+            The sum, or with `output_dict` its weighted terms: `contrastive_loss`, and `transport_loss` and
+            `divergence_loss` where they are used. The training loop adds up all entries, so there are no others.
 
         Raises:
             ValueError: the plans are of features of another width.
@@ -151,7 +159,7 @@ class OTCOLoss(ClipLoss):
                 )
         local = Features(image_features, text_features)
         everyone = self._gather(local)
-        # The window is fed from here: no second collective.
+        # The window of the next plan takes its features from here, so that they are gathered only once.
         self.exchange.keep(everyone)
         rows = local if self.local_loss else everyone
         asked = self._ask(local)
@@ -192,13 +200,13 @@ class OTCOLoss(ClipLoss):
     def _divergence(self, local: Features, everyone: Features) -> Tensor:
         """`S_ε` between all images and all texts."""
         if self.world_size > 1 and self.local_loss and not self.gather_with_grad:
-            # What was gathered has no gradient then; this rank's own rows do.
+            # In this case the gathered rows have no gradient. This rank's own rows, which have one, replace its part.
             images, texts = ([*x.chunk(self.world_size)] for x in everyone)
             images[self.rank], texts[self.rank] = local
             everyone = Features(torch.cat(images), torch.cat(texts))
         total = everyone.images.sum() + everyone.texts.sum()
         if not bool(torch.isfinite(total)):
-            return total * torch.nan  # the training loop's to find, as it is with ClipLoss
+            return total * torch.nan  # the training loop has to notice it, as with ClipLoss
         with torch.autocast(total.device.type, enabled=False):
             return sinkhorn_divergence(everyone.images.float(), everyone.texts.float(), self.epsilon)
 
@@ -207,17 +215,20 @@ class OTCOLoss(ClipLoss):
         plan = self.exchange.newest
         if plan is None:
             return None
-        wants_potentials = self._weighs_negatives and self.negatives == "plan"
+        wants_potentials = self._weighs_negatives and self.negatives in ("price", "plan")
         if not (self.confidence or wants_potentials):
             return Asked()
-        # Each rank asks the plan about its own pairs: that, unlike a gather of numbers, would not get less with ranks.
+        # Each rank asks the plan about its own pairs only, and the answers are gathered, which is cheap. If each rank
+        # asked about the global batch, more ranks would not make this work smaller.
         potentials = plan.potentials(*local)
         log_trust = plan.log_mass if self.trust == "posterior" else plan.log_confidence
         numbers = [log_trust(*local, potentials)]
         if wants_potentials:
-            numbers += map(plan.own, potentials)
+            # Prices are asked of a plan that does not couple as well, to compare with: those after one half-step.
+            numbers += potentials if self.negatives == "price" else map(plan.own, potentials)
         trust, *of_all = self._gather_numbers(torch.stack(numbers))
-        return Asked(trust, Potentials(*of_all) if wants_potentials else None)
+        share = matched_share(trust) if self.trust == "posterior" else None
+        return Asked(trust, Potentials(*of_all) if wants_potentials else None, share)
 
     def _weights(self, asked: Asked | None) -> Tensor | None:
         """`c_i` of the rows of the logits, `(rows,)`, mean 1 over the global batch; `None` where all are 1."""
@@ -226,11 +237,12 @@ class OTCOLoss(ClipLoss):
         if not self.confidence or asked is None or asked.log_trust is None:
             return None
         log_trust = asked.log_trust
-        if self.trust == "posterior":
-            exchange.matched_share = matched_share(log_trust)
-            log_trust = log_posterior(log_trust, exchange.matched_share)
-            # So few matched pairs say that the plan is a young model's, and not that the captions are wrong.
-            log_trust = torch.where(exchange.matched_share < self.least_share, 0.0, log_trust)
+        if asked.share is not None:
+            exchange.matched_share = asked.share
+            log_trust = log_posterior(log_trust, asked.share)
+            # Such a small share does not mean that the captions are wrong: the model is still too young for its plan
+            # to tell pairs apart. So all pairs get the same weight.
+            log_trust = torch.where(asked.share < self.least_share, 0.0, log_trust)
         weights, exchange.effective_share = tempered(log_trust, self.confidence, self.least_share)
         if self.local_loss and self.world_size > 1:
             weights = weights.chunk(self.world_size)[self.rank]
@@ -266,7 +278,7 @@ class OTCOLoss(ClipLoss):
             logits_per_text = logit_scale * rows.texts @ everyone.images.T
         labels = self.get_ground_truth(logits_per_image.device, logits_per_image.shape[0])
         if asked is not None and self._weighs_negatives:
-            f, g = asked.potentials or (None, None)
+            f, g = self._bonus(asked)
             logits_per_image = logits_per_image + self._log_weights(logits_per_image, logit_scale, labels, g)
             logits_per_text = logits_per_text + self._log_weights(logits_per_text, logit_scale, labels, f)
         if logit_bias is not None:
@@ -278,14 +290,30 @@ class OTCOLoss(ClipLoss):
         per_pair = per_pair + F.cross_entropy(logits_per_text, labels, reduction="none")
         return (weights * per_pair).mean() / 2
 
-    def _log_weights(self, logits: Tensor, scale: Tensor, own: Tensor, potential: Tensor | None) -> Tensor:
-        """`log w_ij` of the negatives in these logits, in which no bias is yet."""
+    def _bonus(self, asked: Asked) -> tuple[Tensor | None, Tensor | None]:
+        """`p` of `log_negative_weights` for the images and for the texts of the global batch, `(n,)` each."""
+        if asked.potentials is None:
+            return None, None
+        if self.negatives != "price":
+            return asked.potentials
+        # A hub has a low potential. Its price is the negative of the potential, so a hub has a high price.
+        prices = (potential.mean() - potential for potential in asked.potentials)
+        # A pair that is not trusted is only pushed away, by all others. With a price on it as well it would be pushed
+        # so far that it is never trusted again, and the model lost right pairs in this way.
+        trusted: Tensor | float = 1.0
+        if asked.log_trust is not None and asked.share is not None:
+            trusted = (log_posterior(asked.log_trust, asked.share) + asked.share.log()).exp()
+        image, text = (self.negative_price * trusted * price for price in prices)
+        return image, text
+
+    def _log_weights(self, logits: Tensor, scale: Tensor, own: Tensor, bonus: Tensor | None) -> Tensor:
+        """`log w_ij` of the negatives in these logits; the bias must not have been added to them yet."""
         assert self.exchange.newest is not None
         similarity = logits.detach() / scale.detach()
-        return log_negative_weights(similarity, own, self.negative_power / self.exchange.newest.epsilon, potential)
+        return log_negative_weights(similarity, own, self.negative_power / self.exchange.newest.epsilon, bonus)
 
     def _transported(self, plan: TransportPlan, pairs: Features) -> Features:
-        """`v'` and `t'` of the pairs. `v'` lives among texts and `t'` among images."""
+        """`v'` and `t'` of the pairs: `v'` is a normalized mean of texts, and `t'` of images."""
         own = pairs if self.own_pair else (None, None)
         return Features(
             plan.transport_image(pairs.images, own[1]).to(pairs.images.dtype),

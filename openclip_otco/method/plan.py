@@ -1,4 +1,4 @@
-"""A cached transport plan: a generator of transported views, and a measure of how far a pair can be trusted."""
+"""A cached transport plan: it transports features to the other side, and measures how far a pair can be trusted."""
 
 from __future__ import annotations
 
@@ -17,8 +17,15 @@ from openclip_otco.ot.sinkhorn import soft_ctransform
 
 # The augmented coordinates below are padded to a multiple of this, which fused attention kernels ask for.
 _HEAD_ALIGNMENT = 8
-# Of a saved plan; costs lie in [0, 2], and what is beyond this or its inverse overflows float32.
+# A saved plan must have an ε between this and its inverse. Costs lie in [0, 2], so a smaller or greater ε would
+# overflow float32.
 _SMALLEST_EPSILON = 1e-6
+
+# Of a saved plan: half precision leaves norms this near to 1.
+_NORM_TOLERANCE = 0.05
+# Of a saved plan: costs lie in [0, 2], and no two potentials of one side differ by more than that. A broken file may
+# hold larger ones, from which sums would overflow.
+_LARGEST_POTENTIAL = 100.0
 
 
 class Potentials(NamedTuple):
@@ -30,18 +37,19 @@ class Potentials(NamedTuple):
 
 @dataclass(frozen=True)
 class TransportPlan:
-    """The entropic plan between `N` image and `N` text features, kept as what generates it: `O(N·d)`, never a matrix.
+    """The entropic plan between `N` image and `N` text features. It keeps features and potentials, `O(N·d)`, no matrix.
 
-    It answers for points that it never saw, by the c-transform (method, section 3). Both marginals are uniform.
+    By the c-transform, it also has a row or a column for points that it was not made of (method, section 3). Both
+    marginals are uniform.
 
     Args:
         image_features, text_features: `(N, d)` unit-norm float32 features; row `i` of both is one pair.
         f, g: `(N,)` dual potentials, in units of the cost `1 - v·t`.
         epsilon: entropic regularization `ε`.
         step: optimizer step at which the plan was made.
-        diagnostics: what the solver had to say of it, as plain numbers.
-        coupled: whether `f` and `g` couple the points. Where not, both are zero, there are no marginals to meet, and
-            the shares of rows and columns are plain softmaxes, each for itself: an ablation.
+        diagnostics: what the solver measured, as plain numbers.
+        coupled: whether `f` and `g` couple the points. `False` is for comparison only: then both are zero, the plan
+            meets no marginals, and the shares of each row and of each column are a softmax of their own.
 
     Example:
         ```python
@@ -61,8 +69,13 @@ class TransportPlan:
     coupled: bool = True
 
     def __post_init__(self) -> None:
-        n = self.image_features.shape[0]
-        if self.image_features.shape != self.text_features.shape or self.f.shape != (n,) or self.g.shape != (n,):
+        shape = self.image_features.shape
+        if (
+            len(shape) != 2
+            or not shape[0]
+            or self.text_features.shape != shape
+            or not self.f.shape == self.g.shape == shape[:1]
+        ):
             raise ValueError(
                 f"a plan needs (N, d) image and text features and (N,) potentials of one N; got "
                 f"{tuple(self.image_features.shape)}, {tuple(self.text_features.shape)}, "
@@ -82,12 +95,12 @@ class TransportPlan:
         return self._potential(t, self.image_features, self.f)
 
     def potentials(self, v: Tensor, t: Tensor) -> Potentials:
-        """`f(v)` and `g(t)`, `(B,)` each: all that the plan has to be asked about these images and texts."""
+        """`f(v)` and `g(t)`, `(B,)` each. `log_mass` and `log_confidence` need nothing else of the plan's support."""
         return Potentials(self.image_potential(v), self.text_potential(t))
 
     def log_mass(self, v: Tensor, t: Tensor, potentials: Potentials | None = None) -> Tensor:
         """`log dσ(v, t) = (f(v) + g(t) - C(v, t))/ε`, `(B,)`: the plan's density at the pairs `(v_i, t_i)`, against
-        the product of the marginals. Where the plan does not couple, the mean of its row's and its column's.
+        the product of the marginals. If the plan does not couple, row and column give two values; this is their mean.
 
         Args:
             v, t: `(B, d)` unit-norm image and text features; row `i` of both is one pair.
@@ -97,7 +110,7 @@ class TransportPlan:
         return (row + column) / 2
 
     def _log_masses(self, v: Tensor, t: Tensor, potentials: Potentials | None = None) -> tuple[Tensor, Tensor]:
-        """`log_mass` as the row at `v_i` and as the column at `t_i` have it."""
+        """Two values of `log_mass`: by the row at `v_i`, and by the column at `t_i`. A coupling makes them equal."""
         v, t = v.detach().float(), t.detach().float()
         own_cost = 1.0 - (v * t).sum(dim=1)
         f, g = potentials or self.potentials(v, t)
@@ -105,7 +118,7 @@ class TransportPlan:
 
     def log_confidence(self, v: Tensor, t: Tensor, potentials: Potentials | None = None) -> Tensor:
         """The logarithm of `confidence`, `(B,)`; it does not underflow. Arguments are those of `log_mass`."""
-        # Beside N support points of weight 1/N each, a pair of that weight and of mass m takes the share m / (m + N).
+        # The N support points have weight 1/N each. A further pair of weight 1/N and density m takes the share m/(m+N).
         row, column = (F.logsigmoid(mass - math.log(len(self))) for mass in self._log_masses(v, t, potentials))
         return row + column
 
@@ -161,7 +174,7 @@ class TransportPlan:
         }
 
     def digest(self) -> str:
-        """A hash of features and potentials: equal on two ranks only if the plans are, to the bit."""
+        """A hash of features and potentials. It is equal on two ranks only if their plans are equal to the bit."""
         digest = hashlib.sha256()
         for tensor in (self.image_features, self.text_features, self.f, self.g):
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
@@ -175,16 +188,21 @@ class TransportPlan:
             TypeError: a field is missing, unknown or of another type.
             ValueError: the fields do not fit each other, or are not finite.
         """
-        plan = cls(**state)  # type: ignore[arg-type]
-        tensors = (plan.image_features, plan.text_features, plan.f, plan.g)
-        if not all(tensor.dtype == torch.float32 for tensor in tensors):
+        tensors = [state.get(name) for name in ("image_features", "text_features", "f", "g")]
+        if not all(isinstance(tensor, Tensor) and tensor.dtype == torch.float32 for tensor in tensors):
             raise TypeError("a plan's features and potentials must be float32 tensors")
+        plan = cls(**state)  # type: ignore[arg-type]
         if (type(plan.epsilon), type(plan.step), type(plan.coupled)) != (float, int, bool):
             raise TypeError("a plan's epsilon must be a float, its step an int and coupled a bool")
         if not _SMALLEST_EPSILON <= plan.epsilon <= 1 / _SMALLEST_EPSILON:
             raise ValueError(f"a plan's epsilon must lie between 1e-6 and 1e6; got {plan.epsilon}")
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        if not all(isinstance(tensor, Tensor) and bool(torch.isfinite(tensor).all()) for tensor in tensors):
             raise ValueError("a plan's features and potentials must be finite")
+        norms = torch.cat([plan.image_features, plan.text_features]).norm(dim=1)
+        if not bool(((norms - 1).abs() <= _NORM_TOLERANCE).all()):
+            raise ValueError("a plan's features must have unit norm")
+        if not bool((torch.cat([plan.f, plan.g]).abs() <= _LARGEST_POTENTIAL).all()):
+            raise ValueError(f"a plan's potentials must lie within {_LARGEST_POTENTIAL:g} of 0")
         if not all(isinstance(value, int | float) for value in dict(plan.diagnostics).values()):
             raise TypeError("a plan's diagnostics must be plain numbers")
         return plan
@@ -196,7 +214,7 @@ class TransportPlan:
     def _potential(self, queries: Tensor, support: Tensor, potential: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
             log_weight = torch.full_like(potential, -math.log(len(self)))
-            # A NaN among the queries is the training loop's to find, as it is with ClipLoss.
+            # The training loop has to notice a NaN among the queries, as with ClipLoss.
             cost = CosineCost(queries.float(), support, check_finite=False)
             return soft_ctransform(cost, potential, self.epsilon, log_weight)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 # Halvings of the interval that holds the share: finer than float32.
 _BISECTIONS = 30
-# Beyond this a ratio of densities says no more, and its exponential stays finite.
+# A greater ratio of densities would hardly change the result, and its exponential could overflow.
 _LARGEST_LOG_RATIO = 60.0
 
 
@@ -38,7 +38,8 @@ def matched_share(log_ratio: Tensor) -> Tensor:
 def log_posterior(log_ratio: Tensor, share: Tensor) -> Tensor:
     """`log( r_i / (π r_i + 1 - π) )`, `(n,)`: the log-probability that a pair is matched, less the constant `log π`.
 
-    Without it the value is finite for `π = 0` too, where only the order of the pairs is left; with `π = 1` all are 0.
+    Without this constant the value is also finite for `π = 0`, and then gives only the order of the pairs. With
+    `π = 1` all values are 0.
 
     Args:
         log_ratio: `(n,)`, as in `matched_share`.

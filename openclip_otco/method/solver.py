@@ -19,14 +19,16 @@ from openclip_otco.rules import AT_LEAST_ONE, POSITIVE, SHARE_ABOVE_ZERO, one_of
 
 INITIAL_PLANS = ("combinatorial", "emd", "previous", "none")
 COUPLINGS = ("transport", "softmax")
-# The drift between windows is a monitor: a few hundred points of each are enough, and it must not outweigh the plan.
-# Its ε is greater than a plan's. With that of plans, two windows of one and the same model are nearly as far apart as
-# those of a model that has moved: no point has a near one in the other window (benchmarks/drift.py).
+# The drift between windows is only logged. A few hundred points of each window are enough for it, and it must take
+# less time than the plan. Its ε is greater than that of plans. With the ε of plans, two windows of an unchanged model
+# are nearly as far apart as two windows of a model that has changed, because no point has a near neighbour in the
+# other window (benchmarks/drift.py).
 _DRIFT_SUPPORT = 256
 _DRIFT_EPSILON = 1.0
-# Processes share a plan if each gets at least this many points; smaller ones the first process makes for all.
+# Processes share the work on a plan if each gets at least this many points. The first process makes a smaller plan
+# alone, for all of them.
 _LEAST_PART = 8
-# A plan whose L1 marginal error stays above this is no coupling, and its confidence would mean nothing.
+# If the L1 marginal error of a plan stays above this, the plan is not a coupling, and its confidence means nothing.
 _WORST_ERROR = 0.1
 
 
@@ -36,15 +38,17 @@ class PlanSolver:
 
     Args:
         epsilon: entropic regularization `ε > 0`.
-        initial_plan: where Sinkhorn starts: `combinatorial` (to within `δ·max(C)`) or `emd` (exact, POT), and from the
-            previous plan's potentials where those are nearer; `previous` (the latter alone); `none` (zero).
+        initial_plan: where Sinkhorn starts. `combinatorial`: a plan whose cost is at most `δ·max(C)` too high. `emd`:
+            an exact plan, by POT. With both, the potentials of the previous plan are taken instead if they are nearer
+            to the solution. `previous`: these potentials alone. `none`: potentials of zero.
         additive_error: `δ` of the combinatorial plan, in `(0, 1]`.
         tolerance: L1 marginal error at which Sinkhorn stops.
-        max_iterations: of Sinkhorn.
+        max_iterations: the largest number of Sinkhorn's iterations.
         seed: breaks the combinatorial plan's ties.
-        group: the processes that make a plan together: the first one the initial plan, each its share of the rest. A
-            plan of fewer than eight points for each is made by the first one, which alone has its diagnostics.
-        coupling: `transport`, or `softmax`: no transport, zero potentials, to see what the marginals are good for.
+        group: the processes that make a plan together. The first one makes the initial plan, and each does its share
+            of the rest. If there are fewer than eight points for each process, the first one makes the whole plan, and
+            only its copy of the plan has Sinkhorn's diagnostics.
+        coupling: `transport`; or `softmax`, for comparison: potentials of zero, so that no marginals are met.
 
     Raises:
         ValueError: a setting out of its range.
@@ -117,7 +121,7 @@ class PlanSolver:
         group: Group,
     ) -> tuple[Tensor, Tensor]:
         """`f` and `g`, `(N,)` each, of the entropic plan."""
-        # One process alone goes over all of it; of several the first one does, if it makes an initial plan.
+        # A single process reads the whole cost many times. So does the first of several, if it makes an initial plan.
         whole = group.count == 1 or (group.rank == 0 and self.initial_plan in ("combinatorial", "emd"))
         if whole:
             cost = as_matrix_if_small(cost)
@@ -137,7 +141,7 @@ class PlanSolver:
                 f"iterations at epsilon={self.epsilon}; try a larger epsilon"
             )
         diagnostics |= {"iterations": result.iterations, "marginal_error": result.marginal_error}
-        diagnostics |= _shape_of(cost, result.f, result.g, self.epsilon, group)
+        diagnostics |= _plan_figures(cost, result.f, result.g, self.epsilon, group)
         return result.f, result.g
 
     def _start(
@@ -162,7 +166,7 @@ class PlanSolver:
         return torch.zeros_like(candidates[nearest]), candidates[nearest]
 
     def _initial(self, cost: Cost) -> Tensor:
-        """`g`, `(N,)`, of the initial plan, and behind it the error that it is proven to have."""
+        """`(N + 1,)`: `g` of the initial plan, and as the last entry the proven bound of its additive error."""
         if self.initial_plan == "emd":
             plan = exact_plan(cost)
         else:
@@ -170,7 +174,7 @@ class PlanSolver:
         return torch.cat([plan.g, plan.g.new_tensor([plan.additive_error])])
 
 
-def _shape_of(cost: Cost, f: Tensor, g: Tensor, epsilon: float, group: Group) -> dict[str, float]:
+def _plan_figures(cost: Cost, f: Tensor, g: Tensor, epsilon: float, group: Group) -> dict[str, float]:
     """Objective `<σ, C>`, entropy `-Σ σ log σ` in nats, and the mass on own pairs `Σ_i σ_ii`, in `[0, 1]`."""
     n = len(f)
     a = torch.full_like(f, 1 / n)
@@ -191,6 +195,6 @@ def _shape_of(cost: Cost, f: Tensor, g: Tensor, epsilon: float, group: Group) ->
 
 
 def _drift(before: Tensor, after: Tensor) -> Tensor:
-    """`S_1` between two windows of one modality, over evenly spaced points of each; 0.01 is little, 1 is much."""
+    """Sinkhorn divergence `S_1` between evenly spaced points of two windows; 0.01 is a small drift, 1 a large one."""
     before, after = (x[:: -(-len(x) // _DRIFT_SUPPORT)] for x in (before, after))
     return sinkhorn_divergence(before, after, _DRIFT_EPSILON)

@@ -1,4 +1,4 @@
-"""A plan's block: the mass that it puts on a few rows and columns, and what that says of their pairs."""
+"""The mass of a plan on points of its own support: on some rows and columns, and on the pairs that it was made of."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from openclip_otco.method.plan import TransportPlan
 def row_shares(plan: TransportPlan, rows: Tensor, columns: Tensor) -> Tensor:
     """`N σ_ij` for images `rows` and texts `columns`, `(len(rows), len(columns))`: shares of each image's mass.
 
-    A share is of all texts of the support, so that a block's rows add up to at most 1. Both marginals are uniform:
+    A row adds up to 1 over all texts of the support, and so to at most 1 over `columns`. Both marginals are uniform, so
     the same number is the share of the text's mass that the image gets.
 
     Args:
-        plan: a plan that couples; that of `--otco-coupling softmax` has no marginals, and these are no shares then.
+        plan: a plan that couples. A plan of `--otco-coupling softmax` has no marginals, so it has no such shares.
         rows, columns: indices into the support.
     """
     similarity = plan.image_features[rows] @ plan.text_features[columns].T
@@ -24,7 +24,7 @@ def row_shares(plan: TransportPlan, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def own_shares(plan: TransportPlan) -> Tensor:
-    """`N σ_ii`, `(N,)`: what each pair of the support of `plan` gets of its image's mass, and of its text's."""
+    """`N σ_ii`, `(N,)`: the share of its image's mass, and of its text's, that each pair of the support gets."""
     similarity = (plan.image_features * plan.text_features).sum(dim=1)
     return ((plan.f + plan.g - 1 + similarity) / plan.epsilon - math.log(len(plan))).exp()
 
@@ -32,7 +32,7 @@ def own_shares(plan: TransportPlan) -> Tensor:
 def support_confidence(plan: TransportPlan) -> Tensor:
     """The confidence of the pairs in the support of `plan`, `(N,)`: `p(t_i | v_i) · p(v_i | t_i)`.
 
-    `TransportPlan.confidence` is for pairs that join the support; of one that is in it, each factor is `N σ_ii`.
+    `TransportPlan.confidence` is for pairs that are not in the support. For a pair in it, each factor is `N σ_ii`.
     """
-    # What Sinkhorn leaves of the marginal error may lift a share a little above 1.
+    # Sinkhorn stops at a small marginal error, so that a share may be a little above 1.
     return own_shares(plan).clamp(max=1).square()

@@ -7,37 +7,45 @@ import math
 import torch
 from torch import Tensor
 
-# What the weights of negatives are made of: the newest plan's density, or the similarity alone, to compare with.
-NEGATIVES = ("plan", "similarity", "none")
+# What decides the weights of negatives. `price`: their similarity and the newest plan's prices. For comparison only:
+# `plan`, the plan's density, and `similarity`, the similarity alone. `none`: all weights are 1.
+NEGATIVES = ("price", "plan", "similarity", "none")
 # Steps of the grid of powers that tempering chooses from.
 _POWERS = 64
 
 
-def log_negative_weights(similarity: Tensor, own: Tensor, power: float, potential: Tensor | None = None) -> Tensor:
-    """`log w_ij` of the negatives of each row, mean of `w` over them 1; 0 at the own pair. `(R, C)`, without gradient.
+def log_negative_weights(similarity: Tensor, own: Tensor, power: float, bonus: Tensor | None = None) -> Tensor:
+    """`log w_ij`, `(R, C)`, without gradient. Over a row's negatives, `w` has mean 1; at the own pair, `log w` is 0.
 
-    `w_ij ∝ r_ij^β`, where `r = dσ/d(a⊗b)` is a plan's density (method, section 4). In the rows of images
-    `r_ij = exp((f_i + g_j - C_ij)/ε)`; whatever a row has in common cancels, so that `g` alone is asked for, and in the
-    rows of texts `f` alone. Without potentials this is the weight of hard negatives by similarity (Robinson, Chuang,
-    Sra, Jegelka, *Contrastive Learning with Hard Negative Samples*, ICLR 2021, equation 4; for image and text:
-    Radenovic et al., *Filtering, Distillation, and Hard Negatives for Vision-Language Pre-Training*, CVPR 2023).
+    `w_ij ∝ exp(β/ε · (v_i·t_j + p_j))` in the rows of images, and the same with images and texts exchanged in those of
+    texts. `p` is one of:
 
-    Added to the logits of InfoNCE, it makes the denominator `e^(s_ii) + Σ_j w_ij e^(s_ij)`.
+    - prices of a plan, `p = -η g`. A text that is near to many images is a hub: a search for the right text often finds
+      the hub instead. In a plan each text takes the same mass, so a hub must have a high price. Hubs get greater
+      weights (as in Liu, Ye, Wang, Li, *HAL: Improved Text-Image Matching by Mitigating Visual Semantic Hubs*, AAAI
+      2020, which finds hubs by their similarities).
+    - the plan's potentials, `p = g`. Then `w_ij ∝ r_ij^β`, where `r = dσ/d(a⊗b)` is the plan's density: a factor that
+      a whole row shares cancels. Hubs get smaller weights.
+    - nothing: hard negatives by similarity (Robinson, Chuang, Sra, Jegelka, *Contrastive Learning with Hard Negative
+      Samples*, ICLR 2021, equation 4; for image and text: Radenovic et al., *Filtering, Distillation, and Hard
+      Negatives for Vision-Language Pre-Training*, CVPR 2023).
+
+    If `log w` is added to the logits of InfoNCE, the denominator is `e^(s_ii) + Σ_{j≠i} w_ij e^(s_ij)`.
 
     Args:
         similarity: `(R, C)` cosines of the rows with what they are compared with.
         own: `(R,)` column of each row's own pair.
         power: `β/ε >= 0`, per unit of the cosine.
-        potential: `(C,)` potentials of the columns in a plan, in units of the cost; none counts as zero.
+        bonus: `p`, `(C,)`, of the columns, in units of the cost; `None` counts as zero.
     """
     rows, columns = similarity.shape
     if columns < 2:
         return similarity.new_zeros(rows, columns)
     with torch.no_grad():
-        # Not in half precision, of which a power of 20 would magnify the rounding.
+        # In float32: a power of 20 would multiply the rounding error of half precision by 20.
         weights = power * similarity.float()
-        if potential is not None:
-            weights += power * potential
+        if bonus is not None:
+            weights += power * bonus
         log_weights = weights.scatter_(1, own[:, None], -torch.inf).log_softmax(dim=1).add_(math.log(columns - 1))
         return log_weights.scatter_(1, own[:, None], 0.0)
 

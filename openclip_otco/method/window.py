@@ -1,4 +1,4 @@
-"""The window: features of the last optimizer steps, of which the next plan is made."""
+"""The window: the features of the last optimizer steps. The next plan is made of them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class FeatureWindow:
 
     Args:
         steps: `Δ >= 1`, the steps that make a window.
-        max_support: cap on the pairs kept; above it each step gives a seeded subsample of its share, so that memory
-            stays `O(max_support · d)` whatever the batch.
-        seed: of the subsample; with the same seed all ranks choose the same pairs.
+        max_support: the largest number of pairs kept. Each step may fill its part of it; of a larger batch, a random
+            subsample is kept. So memory is `O(max_support · d)` for every batch size.
+        seed: seed of the subsample; with the same seed all ranks choose the same pairs.
 
     Raises:
         ValueError: `steps` or `max_support` below one.
@@ -37,7 +37,7 @@ class FeatureWindow:
 
     @property
     def full(self) -> bool:
-        """Whether it holds as many steps as it is for."""
+        """Whether the window holds the features of `steps` steps."""
         return len(self) >= self.steps
 
     def add(self, image_features: Tensor, text_features: Tensor, step: int) -> None:
@@ -72,7 +72,7 @@ class FeatureWindow:
             raise ValueError("the window is empty")
         batches = [batch for batch in self._batches if len(batch[0])] or self._batches[:1]
         images, texts = (torch.cat(features) for features in zip(*batches, strict=True))
-        # Here and not in `add`: a GPU would have to be waited for at every step.
+        # Not in `add`: there, the CPU would have to wait for the GPU at every step.
         finite = torch.isfinite(images).all(dim=1) & torch.isfinite(texts).all(dim=1)
         left = int(finite.sum())
         self.dropped += len(finite) - left
@@ -85,7 +85,7 @@ class FeatureWindow:
         self._batches.clear()
 
     def digest(self) -> str:
-        """A hash of the features: equal on two ranks only if they are, to the bit."""
+        """A hash of the features. It is equal on two ranks only if their features are equal to the bit."""
         digest = hashlib.sha256()
         for images, texts in self._batches:
             digest.update(str(tuple(images.shape)).encode())
@@ -98,15 +98,17 @@ class FeatureWindow:
         return {"batches": [list(batch) for batch in self._batches], "dropped": self.dropped}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
-        """Takes up a saved window, on `device`; of a longer or larger one, what this window has room for.
+        """Loads a saved window onto `device`. Of a longer or larger one, it keeps as much as this window has room for.
 
         Raises:
-            KeyError, TypeError, ValueError: the state is none. The window is empty then.
+            KeyError, TypeError, ValueError: this is not the state of a window. The window is then empty.
         """
         self.clear()
         try:
             room = self.steps - 1  # a full window has become a plan before it is saved
             for index, (images, texts) in enumerate(state["batches"][-room:] if room else []):
+                if not (isinstance(images, Tensor) and isinstance(texts, Tensor)):
+                    raise TypeError("a window's features must be tensors")
                 if not images.is_floating_point() or images.ndim != 2 or images.shape != texts.shape:
                     raise ValueError("a window's features must be pairs of (B, d) tensors")
                 self.add(images.to(device), texts.to(device), step=index)

@@ -25,7 +25,7 @@ _CONFIG = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
-# Goes up whenever other code makes other weights or another tokenizer of the same words and configuration.
+# Must go up whenever a change of the code changes the weights or the tokenizer for the same words and configuration.
 _VERSION = 1
 
 
@@ -65,7 +65,8 @@ def _write_weights(folder: Path, seed: int) -> None:
     from transformers import BertConfig, BertModel
 
     config = BertConfig(vocab_size=len(vocabulary()), architectures=["BertModel"], **_CONFIG)
-    # The meta device names the weights and draws nothing: the caller's random stream stays where it is.
+    # On the meta device, the model has names and shapes of weights, but draws no random numbers: those of the caller
+    # stay as they are.
     with torch.device("meta"):
         parameters = dict(BertModel(config, add_pooling_layer=False).named_parameters())
     generator = torch.Generator().manual_seed(seed)
@@ -81,7 +82,7 @@ def _write_weights(folder: Path, seed: int) -> None:
 
 
 def make_bert_tiny(folder: str | Path, seed: int = 0) -> None:
-    """Makes the folder, or makes it whole again; equal seeds give equal bytes.
+    """Makes the folder, or repairs it; equal seeds give equal bytes.
 
     Each file appears whole or not at all, and `config.json` last, so several processes may make one folder at once.
 

@@ -27,17 +27,17 @@ def home() -> Path:
 
 
 def bert_tiny_folder() -> Path:
-    """Where the tiny BERT lies once made; the name changes with its recipe, so an upgrade never meets an old one."""
+    """The tiny BERT's folder, made or not. Its name changes with the recipe, so that an upgrade makes a new folder."""
     return home() / f"{_TINY}-{recipe()}"
 
 
 def pretrained_folder(tower: str) -> Path:
-    """Where a tower of `PRETRAINED_TOWERS` lies once made; the name changes with the wheel that it comes from."""
+    """The folder of a tower of `PRETRAINED_TOWERS`, made or not. Its name changes with the wheel of the tower."""
     return home() / f"{tower}-{PRETRAINED_TOWERS[tower].wheel.sha256[:8]}"
 
 
 def local_towers() -> dict[str, str]:
-    """The folder of each tower that is a local one, there or not, by the name that configurations call it."""
+    """The folder of each local tower, made or not, by the name of the tower in configurations."""
     folders = {_TINY: str(bert_tiny_folder()), **{name: str(pretrained_folder(name)) for name in PRETRAINED_TOWERS}}
     if named := os.environ.get(BERT):
         folders[BERT_BASE] = str(Path(named).expanduser().absolute())
@@ -45,7 +45,7 @@ def local_towers() -> dict[str, str]:
 
 
 def is_folder(tower: str) -> bool:
-    """Whether a text tower is a folder. A hub's name is NAME or OWNER/NAME; all else, and whatever exists, is one."""
+    """Whether `tower` means a folder: it is an existing folder, or it is no name of a hub (NAME or OWNER/NAME)."""
     return tower.startswith((".", "/", "~")) or tower.count("/") > 1 or "\\" in tower or Path(tower).is_dir()
 
 
@@ -55,15 +55,15 @@ def is_made_here(folder: str) -> bool:
 
 
 def make_if_broken(folder: str, broken: Callable[[str], str | None]) -> None:
-    """Makes a folder that the package makes, where it is missing or broken. Of several processes one does.
+    """Makes one of the package's own folders, if it is missing or broken. Only one of several processes does so.
 
     Args:
-        folder: any; those of others are left alone.
+        folder: any folder; a folder that the package does not make is left as it is.
         broken: gives the first file of a folder that is missing or cut short, None for a whole one.
 
     Raises:
         OSError: the folder cannot be written.
-        RuntimeError: pretrained weights cannot be had.
+        RuntimeError: pretrained weights cannot be fetched.
     """
     make = _makers().get(folder)
     if make is None or broken(folder) is None:
@@ -81,7 +81,7 @@ def broken_timm_file(folder: str) -> str | None:
 
 
 def _makers() -> dict[str, Callable[[], None]]:
-    """By folder, how the package makes it."""
+    """For each folder that the package makes, the function that makes it."""
     tiny = bert_tiny_folder()
     makers: dict[str, Callable[[], None]] = {str(tiny): lambda: make_bert_tiny(tiny)}
     for name, tower in PRETRAINED_TOWERS.items():

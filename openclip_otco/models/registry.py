@@ -22,7 +22,7 @@ _TIMM_FOLDER = "local-dir:"  # timm's own prefix of a folder's path
 
 
 def model_configs() -> dict[str, dict[str, Any]]:
-    """The package's configurations by model name, with the folders filled in of the towers that are local ones."""
+    """The package's configurations by model name. The names of local towers are replaced by their folders."""
     folders, configs = local_towers(), {}
     for source in files("openclip_otco.configs").iterdir():
         if source.name.endswith(".json"):
@@ -45,7 +45,7 @@ def register_models() -> None:
     configs = model_configs()
     if all(open_clip.get_model_config(name) == config for name, config in configs.items()):
         return
-    # OpenCLIP keeps what it read, so the files with this user's folders filled in need not outlive the call.
+    # OpenCLIP reads the files now and keeps their content, so the folder can be deleted at once.
     with tempfile.TemporaryDirectory() as folder:
         for name, config in configs.items():
             Path(folder, f"{name}.json").write_text(json.dumps(config), encoding="utf-8")
@@ -59,7 +59,7 @@ def _towers(name: str) -> tuple[str | None, str | None]:
     """
     import open_clip
 
-    if ":" in name:  # a schema such as hf-hub: whose configuration would have to be fetched
+    if ":" in name:  # a schema such as `hf-hub:`, for which the configuration would have to be fetched
         return None, None
     config = open_clip.get_model_config(name.replace("/", "-"))
     if not config:
@@ -70,12 +70,12 @@ def _towers(name: str) -> tuple[str | None, str | None]:
 
 
 def prepare_model(name: str) -> None:
-    """Makes the folders that the package makes where model `name` needs them and they are missing or broken.
+    """Makes the folders of the towers of model `name`, if the package makes them and they are missing or broken.
 
-    That is the tiny BERT, or pretrained towers, which are fetched; for other models it does nothing.
+    These are the tiny BERT, and pretrained towers, which are fetched. For other models, nothing is done.
 
     Raises:
-        RuntimeError: a folder cannot be written, or pretrained weights cannot be had.
+        RuntimeError: a folder cannot be written, or pretrained weights cannot be fetched.
     """
     for tower, broken in zip(_towers(name), (broken_timm_file, broken_file), strict=True):
         if tower is None:
@@ -92,9 +92,9 @@ def prepare_model(name: str) -> None:
 
 
 def check_model(name: str) -> str | None:
-    """One line about why model `name` cannot load its towers, and the cure; None when nothing speaks against it.
+    """Why model `name` cannot load its towers, and the cure, in one line; None if no problem is found.
 
-    OpenCLIP's own message for a missing folder speaks of a hub that the folder never came from.
+    This check comes first because OpenCLIP's own message for a missing folder is about a hub, which misleads.
     """
     image, text = _towers(name)
     if image is not None and (missing := broken_timm_file(image)) is not None:
@@ -127,7 +127,7 @@ def _check_hub(name: str, tower: str) -> str | None:
 
     if not constants.HF_HUB_OFFLINE:
         return None
-    # The configuration alone: which other files a tower needs is for transformers to know.
+    # It looks only for the configuration: which other files a tower needs, only transformers knows.
     if isinstance(try_to_load_from_cache(tower, "config.json"), str):
         return None
     cure = f"unset HF_HUB_OFFLINE to fetch it once, or let {BERT} name a local BERT folder"

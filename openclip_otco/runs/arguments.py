@@ -16,8 +16,8 @@ share = argument(float, SHARE)
 
 
 def add_frozen_features(parser: argparse.ArgumentParser) -> None:
-    """`--frozen-features [DIR]`, as the training has it. The folder in the run's `params.txt` is not taken: it is data,
-    and may be a stranger's."""
+    """Adds `--frozen-features [DIR]`, as in training. The folder that the run's `params.txt` names is not used: this
+    file may come from a stranger, and must not decide where files are written."""
     parser.add_argument(
         "--frozen-features",
         type=Path,
@@ -30,7 +30,7 @@ def add_frozen_features(parser: argparse.ArgumentParser) -> None:
 
 
 def add_caption_lines(parser: argparse.ArgumentParser) -> None:
-    """`--caption-lines`, without which a `txt` is one caption, as for OpenCLIP's training."""
+    """Adds `--caption-lines`. Without this flag a `txt` is one caption, as in OpenCLIP's training."""
     parser.add_argument(
         "--caption-lines",
         action="store_true",

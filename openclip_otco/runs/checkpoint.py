@@ -1,6 +1,8 @@
-"""Checkpoints of OpenCLIP's training script: which model they are of, and that model with their weights.
+"""Checkpoints of OpenCLIP's training script: the model that a checkpoint is of, and its weights.
 
-A run's folder may come from a stranger. What its files say is data: nothing is fetched, run or written because of it.
+A run's folder may come from a stranger, so its files are only read as data. No code in them is run. They cannot choose
+an address from which something is fetched, or a folder in which something is written. They can name a model that
+OpenCLIP or this package knows; towers, configuration and tokenizer of this model are fetched if they are not here.
 """
 
 import ast
@@ -34,7 +36,10 @@ _MODEL_FLAGS = (
 
 
 def params(checkpoint: Path) -> dict[str, Any]:
-    """What OpenCLIP wrote about the run: `runs/NAME/params.txt` for `runs/NAME/checkpoints/epoch_N.pt`, {} without."""
+    """The run's settings by name, read from its `params.txt`; {} without this file.
+
+    For `runs/NAME/checkpoints/epoch_N.pt`, it is `runs/NAME/params.txt`.
+    """
     try:
         lines = (checkpoint.parent.parent / "params.txt").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -102,13 +107,14 @@ def load(
     device: str | None = None,
     frozen_features: Path | None = None,
 ) -> Encoder:
-    """The model of a checkpoint; what is not given is the run's own, as its `params.txt` tells.
+    """The model of a checkpoint. Arguments that are not given are taken from the run's `params.txt`.
 
     Args:
         checkpoint: written by `open_clip_train.main`, or weights alone.
         model: OpenCLIP's name of the model.
-        precision: as `--precision` of the training; fp32 where nothing tells.
-        device: a device of torch; the run's where it is there, else the best there is.
+        precision: as `--precision` of the training; fp32 if `params.txt` does not say it.
+        device: a device of torch. By default the run's; the CPU if that is a GPU and this machine has none. If the run
+            is unknown, a GPU if there is one.
         frozen_features: folder in which locked towers remember features, as `--frozen-features` of the training; the
             one that `params.txt` names is not touched.
 
@@ -215,7 +221,7 @@ def _bare(name: str) -> str:
 
 @contextlib.contextmanager
 def _no_talk_of_weights() -> Iterator[None]:
-    """OpenCLIP warns that no weights were loaded, which here come a moment later."""
+    """Turns off a warning of OpenCLIP that no weights were loaded: here they are loaded a moment later."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""The encoder: a trained model with its tokenizer and preprocessing, as features come out of it."""
+"""The encoder: a trained model with its tokenizer and preprocessing, which makes features of images and texts."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -28,10 +28,10 @@ class Encoder:
     frozen: Sequence[FrozenTower] = ()
 
     def save_frozen(self) -> None:
-        """Keeps in the folder of `--frozen-features` what the locked towers gave, for the next evaluation."""
+        """Saves the features of the locked towers in the folder of `--frozen-features`, for the next evaluation."""
         for tower in self.frozen:
             if tower.memory is not None:
-                # A folder that cannot be written costs time, and no figure.
+                # If the folder cannot be written, the next evaluation takes longer, but its results are the same.
                 with contextlib.suppress(OSError):
                     tower.memory.save(everything=True)
 
@@ -79,7 +79,7 @@ class Encoder:
         for tower in self.frozen:
             if tower.kind == kind:
                 features = tower(inputs)
-                # The tower takes its own features for an input that is encoded already.
+                # The tower returns its own features unchanged, so that `encode` applies only the head to them.
                 return self._features(encode(features), kind), self._checked(features, kind)
         features = self._features(encode(inputs), kind)
         return features, features
@@ -90,7 +90,7 @@ class Encoder:
 
     def _checked(self, features: Tensor, kind: str) -> Tensor:
         features = features.float().cpu()
-        # Nothing compares with NaN: every query would come out first.
+        # No number is greater or smaller than NaN, so with NaN the own candidate of every query would rank first.
         if not features.isfinite().all():
             raise UserError(f"the model's {kind} features are not finite: it diverged, or needs --precision fp32")
         return features

@@ -13,7 +13,7 @@ _DEVICE = re.compile(r"Running .*\bDevice:? ([\w:]+)")
 
 @dataclass(frozen=True)
 class TrainLine:
-    """A `Train Epoch` line: epoch from 0, samples seen in it, samples of an epoch, mean seconds per step.
+    """A `Train Epoch` line: number of the epoch, from 0; samples seen in it; samples per epoch; mean seconds per step.
 
     The mean is over the optimizer steps since the line before, accumulated micro-batches included.
     """
@@ -62,7 +62,7 @@ class StepTimer:
         self._samples = 0
 
     def add(self, line: TrainLine) -> None:
-        """Count the steps since the line before; every step has as many samples, so samples are the weight."""
+        """Add the steps since the line before. All steps have equal numbers of samples, so samples are the weight."""
         previous, self._previous = self._previous, line
         if previous is None:
             return

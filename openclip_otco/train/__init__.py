@@ -1,1 +1,1 @@
-"""Training: OpenCLIP's own script, started when it is sure that `--loss otco` will be OTCO's."""
+"""Training: OpenCLIP's own script. It is started only if `--loss otco` will use OTCO's loss."""

@@ -4,6 +4,6 @@ import sys
 
 from openclip_otco.train.launch import launch
 
-# Workers of a data loader that are spawned import this module, too.
+# Worker processes of a data loader import this module, too, if they are spawned. They must not start a training.
 if __name__ == "__main__":
     sys.exit(launch(sys.argv[1:]))

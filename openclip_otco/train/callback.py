@@ -29,16 +29,17 @@ class PlanCacheCallback(TrainingCallback):
     each of them logs a digest of its own. A saved state is taken up by all ranks or by none.
 
     Args:
-        exchange: of the loss. Plans are set here, and the features of the global batch are taken from here.
+        exchange: that of the loss. The callback sets the plans in it, and takes the global batch's features from it.
         window: features of the last `Δ` steps.
         cache: the plans kept.
         solver: from features to plan.
         plans_per_step: `K >= 1`, plans drawn each step.
         warmup: share of all steps, in `[0, 1]`, before the plans act.
-        max_age: windows after which a plan is dropped, at least the cache's size. A plan gets as old as that only if
-            newer ones fail, and says little by then: without plans the loss is `ClipLoss`.
-        device: where resumed plans go; made ones are where the features are.
-        log: tells of the plans.
+        max_age: age, in windows, after which a plan is dropped; at least the cache's size. A plan gets so old only if
+            newer ones fail, and then it says little about the model. Without plans, pairs and negatives have equal
+            weights.
+        device: device of the plans that a checkpoint holds; new plans are on the device of their features.
+        log: writes the lines about plans.
 
     Raises:
         ValueError: `plans_per_step` below one, `warmup` outside `[0, 1]`, `max_age` below the cache's size.
@@ -90,13 +91,13 @@ class PlanCacheCallback(TrainingCallback):
         writer: PlanWriter | None = None,
         **_: object,
     ) -> None:
-        """Called after each optimizer step; every `Δ` of them make a plan."""
+        """Called after each optimizer step; after every `Δ` steps, a plan is made of their features."""
         self.steps += 1
         self.acted += self.exchange.plans_acted
         self._feed(step)
         try:
             plan = self._make_plan(step) if self.window.full else None
-        except Exception as error:  # whatever it is, no plan is worth a run
+        except Exception as error:  # no error of a plan may stop the training
             self.window.clear()
             self._failure = None
             self.skipped += 1
@@ -108,7 +109,7 @@ class PlanCacheCallback(TrainingCallback):
         self._set_plans(step + 1)
 
     def on_train_end(self, *, step: int, writer: PlanWriter | None = None) -> None:
-        """Tells how many plans were made, and in how many steps they acted."""
+        """Logs how many plans were made, and in how many steps they acted."""
         if self.steps:
             tell = self.log.info if self.acted else self.log.warning
             tell(
@@ -128,14 +129,14 @@ class PlanCacheCallback(TrainingCallback):
         }
 
     def on_load_checkpoint(self, state: Mapping[str, Any] | None) -> None:
-        """Takes up a saved state if all ranks have the same one; else the cache starts empty, and a line says so."""
+        """Loads a saved state if all ranks have the same one; else starts with an empty cache, and logs so."""
         group = self.solver.group
         try:
             # Ranks with different plans or windows would compute different losses, or wait for each other.
             mine = group.attempt(lambda: self._take_up(state))
             first = group.first(lambda: mine.clone(), torch.zeros_like(mine))
             group.attempt(lambda: _check_equal(mine, first))
-        except Exception as error:  # of another version, or broken: the weights are worth more than the plans
+        except Exception as error:  # another version's state, or a broken one: the run goes on, without these plans
             self.cache.clear()
             self.window.clear()
             self.made = self.skipped = self.steps = self.acted = 0
@@ -149,7 +150,7 @@ class PlanCacheCallback(TrainingCallback):
             self.log.info(f"=> resuming OTCO with {len(self.cache)} cached plans (steps {list(self.cache)})")
 
     def _take_up(self, state: Mapping[str, Any] | None) -> Tensor:
-        """A number, a scalar, that is equal on two ranks only if they took up the same plans and window."""
+        """Loads `state`; returns a scalar that is equal on two ranks only if they loaded the same plans and window."""
         digest = "none"
         if state is not None:
             made, skipped = int(state["made"]), int(state["skipped"])
@@ -182,7 +183,7 @@ class PlanCacheCallback(TrainingCallback):
                 raise RuntimeError("the loss was not called in this step")
             self.window.add(*batch, step=step)
         except Exception as error:
-            # Not the time to tell: the other ranks only listen when a plan is due.
+            # The error is raised later, when the plan is due: only then do the other ranks wait for news of a failure.
             self._failure = self._failure or error
             self.window.skip()
 

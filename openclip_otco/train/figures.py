@@ -1,4 +1,4 @@
-"""A plan's figures in TensorBoard, beside its scalars: a histogram of confidence and a heat map of its block."""
+"""Figures of a plan for TensorBoard: a histogram of confidence, and a heat map of the plan's first rows and columns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from openclip_otco.method.support import row_shares, support_confidence
 if TYPE_CHECKING:
     from openclip_otco.train.training_callback import PlanWriter
 
-# Pairs in the heat map, and pixels of a pair.
+# Number of pairs in the heat map, and side of a cell in pixels.
 _PAIRS, _PIXELS = 64, 4
 # Colours span shares of an image's mass from this power of ten up to all of it.
 LEAST_POWER = -4.0

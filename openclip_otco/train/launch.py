@@ -1,8 +1,8 @@
-"""`openclip-otco train`: OpenCLIP's training script with the same arguments, after a look at what would be run.
+"""`openclip-otco train`: checks which OpenCLIP would be run, then runs its training script with the same arguments.
 
-An OpenCLIP without the plugin point takes `--loss otco` for short for its own `--loss-dist-impl otco`, and trains CLIP
-without a word. It is there after an upgrade of open_clip_torch, in another environment, and in a checkout of OpenCLIP,
-whose `src/` Python prefers to the installed copy.
+An OpenCLIP without the plugin point reads `--loss otco` as an abbreviation of its own flag `--loss-dist-impl otco`. It
+trains CLIP and gives no warning. Such an OpenCLIP is found after an upgrade of open_clip_torch, in another environment,
+and in a checkout of OpenCLIP, because Python prefers the checkout's `src/` to the installed copy.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ OK, FAILED, UNUSABLE = 0, 1, 2
 
 
 def problem() -> str | None:
-    """Why a training that this process starts would not have OTCO's losses, in one line with the cure; None if it has.
+    """Says in one line why a training of this process would lack OTCO's losses, and the cure; None if it would not.
 
-    What is looked at is what this process would import, wherever that lies.
+    The check looks at the files that this process would import, in whatever folder they are.
     """
     found = installation.status()
     if found.state is installation.State.NOT_INSTALLED:
@@ -39,8 +39,8 @@ def launch(arguments: Sequence[str]) -> int:
         arguments: of OpenCLIP's script.
 
     Returns:
-        0; 1 where the script stopped with an error of its own, which `python -m` would pass over in silence; 2 after
-        one line where it was not started.
+        0 if the training ended well; 1 if the script returned an error, which `python -m` would ignore; 2 if the script
+        was not started, with one line that says why.
     """
     if (reason := problem()) is not None:
         print(f"openclip-otco train: {reason}", file=sys.stderr)

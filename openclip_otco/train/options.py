@@ -1,4 +1,4 @@
-"""Command line options of a plugin's losses: their table, their checks, and what none of the losses can train."""
+"""Command line options of a plugin's losses: their table, their checks, and checks that all losses share."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def add_options(group: argparse._ArgumentGroup, options: Sequence[Option]) -> No
 def check_options(
     parser: argparse.ArgumentParser, args: argparse.Namespace, options: Sequence[Option], loss: str
 ) -> None:
-    """Fills in the defaults of the options of `loss`; ends on a bad value, and warns of one that has no effect."""
+    """Fills in the defaults of `loss`'s options. Ends the program on a bad value; warns of flags without effect."""
     given = [option for option in options if getattr(args, option.dest) is not None]
     for option in options:
         if option not in given:
@@ -61,7 +61,7 @@ def check_options(
 
 
 def check_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends on what none of the package's losses can train."""
+    """Ends the program if the arguments ask for something that no loss of this package can train."""
     loss = args.loss
     if "coca" in args.model.lower():
         end(parser, f"argument --loss: {loss} does not train CoCa models; choose a CLIP model or --loss clip")
@@ -70,7 +70,7 @@ def check_run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None
     if args.distill_model is not None or args.distill_pretrained is not None:
         end(parser, f"argument --loss: {loss} does not distill; drop --distill-model or use --loss clip")
     for flag, data in (("--train-data", args.train_data), ("--val-data", args.val_data)):
-        # OpenCLIP's own rule for what `auto` takes for shards.
+        # OpenCLIP has the same rule: with `auto`, data whose name ends with .tar are shards.
         shards = args.dataset_type == "webdataset" or (args.dataset_type == "auto" and str(data).endswith(".tar"))
         if data and shards and (problem := caption_problem(data)):
             end(parser, f"argument {flag}: {problem}")
@@ -94,6 +94,6 @@ def check_float64(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 
 def end(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """Ends as `parser.error` does, without the usage: OpenCLIP's fills a screen, above which the message is lost."""
+    """Ends as `parser.error` does, but without the usage text: OpenCLIP's is so long that it hides the message."""
     parser.exit(2, f"{parser.prog}: error: {message}\n")
     raise AssertionError("parser.exit returned")

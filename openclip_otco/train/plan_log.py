@@ -1,4 +1,4 @@
-"""What a training tells of its plans: in OpenCLIP's log, in TensorBoard and in Weights & Biases."""
+"""What a training reports about its plans: in OpenCLIP's log, in TensorBoard and in Weights & Biases."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from openclip_otco.train.training_callback import PlanWriter
 
 
 class PlanLog:
-    """Tells of plans that were made, that failed, and that can not act.
+    """Reports plans that were made, plans that failed, and settings with which no plan can act.
 
     Args:
-        every: steps between two lines, and between two figures for TensorBoard; every plan's scalars go there and to
-            Weights & Biases. A failure that lasts is told at this pace, not at every window.
-        master: whether this process tells anything.
+        every: steps between two lines of the log, and between two figures for TensorBoard. The scalars of every plan go
+            to TensorBoard and to Weights & Biases. If plan after plan fails, a warning comes only every so many steps.
+        master: whether this process reports anything; on other ranks it is `False`.
         wandb: whether to log to Weights & Biases.
     """
 
@@ -48,7 +48,7 @@ class PlanLog:
             self.warning(f"OTCO plan at step {step} skipped, going on {going_on}. {reason}")
 
     def no_plan_will_act(self, why: str) -> None:
-        """The settings leave no step to the plans; `why` names the flag, and says what to choose."""
+        """Warns that no step of this run will use a plan; `why` names the flag, and says what to choose."""
         self.warning(f"OTCO: No plan will act, and pairs count as with --loss clip: {why}")
 
     def succeeded(
@@ -99,12 +99,12 @@ def _metrics(plan: TransportPlan, cache: PlanCache, exchange: PlanExchange) -> d
 
 
 def _add_figures(plan: TransportPlan, writer: PlanWriter) -> None:
-    # Not at the top: it loads matplotlib, which a run without TensorBoard does without.
+    # Not at the top: it loads matplotlib, which a run without TensorBoard does not need.
     from openclip_otco.train.figures import add_figures
 
     try:
         add_figures(writer, plan)
-    except Exception as error:  # no picture is worth a run
+    except Exception as error:  # no error of a figure may stop the training
         logging.warning(f"OTCO plan at step {plan.step}: no figures. {type(error).__name__}: {error}")
 
 

@@ -34,7 +34,8 @@ OPTIONS = (
            "Additive error of the combinatorial plan, as a share of the largest cost.",
            SHARE_ABOVE_ZERO),
     Option("--otco-coupling", "transport",
-           "What couples a window: an optimal transport plan, or two softmaxes without marginals, to compare with.",
+           "What couples the pairs of a window: transport, an optimal transport plan; or, for comparison, softmax, "
+           "two softmaxes without marginals.",
            choices=COUPLINGS),
     Option("--otco-cache-size", 4, "Plans kept, oldest out first.", AT_LEAST_ONE),
     Option("--otco-max-age", 32,
@@ -46,19 +47,26 @@ OPTIONS = (
            choices=("in", "out")),
     Option("--otco-confidence", 2.0, "Power of the plan confidence that weighs each pair, 0 = off.", NOT_NEGATIVE),
     Option("--otco-trust", "posterior",
-           "What confidence raises to its power: the probability that a pair is matched, or its share of the plan.",
+           "What --otco-confidence is the power of: posterior, the probability that a pair is matched; or share, the "
+           "pair's share of the plan.",
            choices=TRUSTS),
     Option("--otco-least-share", 0.25,
-           "Least effective share of the batch that confidence leaves, 0 = no limit; a step in which the plan finds a "
-           "smaller share of matched pairs weighs all alike.", SHARE),
+           "Smallest effective share of the batch that the weights of pairs may have, 0 = no limit. With --otco-trust "
+           "posterior, all pairs weigh alike in a step in which the plan finds a smaller share of matched pairs.",
+           SHARE),
     Option("--otco-divergence-weight", 0.0, "Weight of the Sinkhorn divergence between images and texts, 0 = off.",
            NOT_NEGATIVE),
-    Option("--otco-negatives", "plan",
-           "What weighs negatives: the plan's density at them, their similarity alone (to compare with), or nothing.",
+    Option("--otco-negatives", "price",
+           "What decides the weights of negatives: price, their similarity and the plan's prices; or, for comparison, "
+           "plan, the plan's density; similarity, their similarity alone; none, equal weights.",
            choices=NEGATIVES),
-    Option("--otco-negative-power", 0.6, "Power of that density (of the similarity: of exp(cosine / epsilon)).",
+    Option("--otco-negative-power", 0.6,
+           "Power of the weights of negatives, 0 = off; divided by epsilon, it is the factor of the cosine.",
            NOT_NEGATIVE),
-    Option("--otco-warmup", 0.02, "Share of all steps before plans act on the loss.", SHARE),
+    Option("--otco-negative-price", 1.0,
+           "How much the plan's price of a negative counts beside its similarity, with --otco-negatives price.",
+           NOT_NEGATIVE),
+    Option("--otco-warmup", 0.02, "Share of all steps, at the start, in which plans do not act on the loss.", SHARE),
     Option("--otco-max-support", 8192, "Most pairs that a plan couples; a larger window is subsampled.", AT_LEAST_ONE),
 )  # fmt: skip
 
@@ -77,7 +85,7 @@ class OTCOPlugin:
         add_options(group, OPTIONS)
 
     def check_args(self, parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-        """Fills in defaults and ends with one clear line and exit code 2 on what cannot train."""
+        """Fills in defaults. If the arguments cannot train, ends with exit code 2 and one line that says why."""
         check_options(parser, args, OPTIONS, self.name)
         try:
             prepare_model(args.model)
@@ -88,7 +96,7 @@ class OTCOPlugin:
         if args.loss in self.losses:
             check_run(parser, args)
             check_float64(parser, args)
-            # A plan that stays in the cache as long as it may is no sign of a failure.
+            # A full cache holds plans as old as its size, in windows. This age is no sign that newer plans failed.
             if args.otco_max_age < args.otco_cache_size:
                 least = f"must be at least --otco-cache-size, which is {args.otco_cache_size}"
                 end(parser, f"argument --otco-max-age: {least}; got {args.otco_max_age}")
@@ -108,6 +116,7 @@ class OTCOPlugin:
             trust=args.otco_trust,
             negatives=args.otco_negatives,
             negative_power=args.otco_negative_power,
+            negative_price=args.otco_negative_price,
             **clip_options(args),
         )
 

@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class ScalarWriter(Protocol):
-    """What is used of TensorBoard's `SummaryWriter` for numbers."""
+    """The part of TensorBoard's `SummaryWriter` that writes numbers."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
         """A number, at a step."""
 
 
 class PlanWriter(ScalarWriter, Protocol):
-    """What is used of TensorBoard's `SummaryWriter` for numbers and figures of plans."""
+    """The part of TensorBoard's `SummaryWriter` that writes numbers and figures of plans."""
 
     def add_histogram(self, tag: str, values: Any, global_step: int) -> None:
         """Values, at a step."""
@@ -26,10 +26,10 @@ class PlanWriter(ScalarWriter, Protocol):
 
 
 class TrainingCallback:
-    """A callback that does nothing; base of those of the package.
+    """A callback that does nothing; the base class of all callbacks of this package.
 
-    `open_clip_train.plugins.Callback` says when each method is called. That module exists only where OpenCLIP is
-    patched, so that it can not be the base.
+    `open_clip_train.plugins.Callback` says when each method is called. It cannot be the base class, because its module
+    exists only where OpenCLIP is patched.
 
     Steps are optimizer steps and count from 0, as epochs do. `losses` are the terms of the step's loss, by their names
     in the log, and `writer` is TensorBoard's, `None` without one.
@@ -41,7 +41,7 @@ class TrainingCallback:
     name = ""
 
     def on_load_checkpoint(self, state: Mapping[str, Any] | None) -> None:
-        """Takes up what `on_save_checkpoint` returned; `None`: the checkpoint has nothing of this callback."""
+        """Loads what `on_save_checkpoint` returned; `None`: the checkpoint has no state of this callback."""
 
     def on_train_start(self, *, step: int, total_steps: int, writer: PlanWriter | None = None) -> None:
         """Called once, with the first step to run and the number of all steps."""
