@@ -20,10 +20,11 @@ def log_negative_weights(similarity: Tensor, own: Tensor, power: float, bonus: T
     `w_ij ∝ exp(β/ε · (v_i·t_j + p_j))` in the rows of images, and the same with images and texts exchanged in those of
     texts. `p` is one of:
 
-    - prices of a plan, `p = -η g`. A text that is near to many images is a hub: a search for the right text often finds
-      the hub instead. In a plan each text takes the same mass, so a hub must have a high price. Hubs get greater
-      weights (as in Liu, Ye, Wang, Li, *HAL: Improved Text-Image Matching by Mitigating Visual Semantic Hubs*, AAAI
-      2020, which finds hubs by their similarities).
+    - prices of a plan, `p_j = η q_j (mean(g) - g_j)`; `q_j` is the probability that the pair of text `j` is matched. A
+      text that is near to many images is a hub: a search for the right text often finds the hub instead. In a plan each
+      text takes the same mass, so a hub must have a high price. Hubs get greater weights (as in Liu, Ye, Wang, Li,
+      *HAL: Improved Text-Image Matching by Mitigating Visual Semantic Hubs*, AAAI 2020, which finds hubs by their
+      similarities).
     - the plan's potentials, `p = g`. Then `w_ij ∝ r_ij^β`, where `r = dσ/d(a⊗b)` is the plan's density: a factor that
       a whole row shares cancels. Hubs get smaller weights.
     - nothing: hard negatives by similarity (Robinson, Chuang, Sra, Jegelka, *Contrastive Learning with Hard Negative
