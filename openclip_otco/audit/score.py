@@ -28,13 +28,12 @@ class Truth:
         try:
             with path.open(newline="", encoding="utf-8") as stream:
                 rows = csv.DictReader(stream)
-                if "key" not in (rows.fieldnames or ()):
-                    raise UserError(f"--truth {path}: has no column `key`")
-                self._keys = {row["key"] for row in rows}
-        except UserError:
-            raise
+                has_keys = "key" in (rows.fieldnames or ())
+                self._keys = {row["key"] for row in rows} if has_keys else set()
         except (OSError, ValueError, csv.Error) as error:
             raise UserError(f"--truth {path}: cannot be read: {error}") from error
+        if not has_keys:
+            raise UserError(f"--truth {path}: has no column `key`")
 
     def is_wrong(self, key: str) -> bool:
         """Whether the list has the pair with this key."""

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from openclip_otco.models.folder import home
+from openclip_otco.rules import AT_LEAST_ONE
 from openclip_otco.train.model_call import batches_have_names
 from openclip_otco.train.options import end
 from openclip_otco.train.training_callback import PlanWriter, TrainingCallback
@@ -55,8 +56,8 @@ class FrozenFeaturesPlugin:
         if args.frozen_image_size is not None:
             if args.frozen_features is None:
                 end(parser, "argument --frozen-image-size: needs --frozen-features")
-            if args.frozen_image_size < 1:
-                end(parser, f"argument --frozen-image-size: must be at least 1, got {args.frozen_image_size}")
+            if not AT_LEAST_ONE.accepts(args.frozen_image_size):
+                end(parser, f"argument --frozen-image-size: must be {AT_LEAST_ONE.text}, got {args.frozen_image_size}")
         if args.frozen_features is None:
             return
 

@@ -28,7 +28,7 @@ class Asked(NamedTuple):
     """What the newest plan says of the global batch.
 
     Args:
-        log_trust: `(n,)`, for each pair the logarithm of its density or of its confidence. None: not asked.
+        log_trust: `(n,)`, of each pair: its `log_posterior`, or the logarithm of its confidence. None: not asked.
         potentials: the potentials of the images and texts, `(n,)` each, if they were in the support. None: not asked.
         share: of the pairs that are matched, a scalar. None: not estimated.
     """
@@ -227,7 +227,10 @@ class OTCOLoss(ClipLoss):
             # Prices are asked of a plan that does not couple as well, to compare with: those after one half-step.
             numbers += potentials if self.negatives == "price" else map(plan.own, potentials)
         trust, *of_all = self._gather_numbers(torch.stack(numbers))
-        share = matched_share(trust) if self.trust == "posterior" else None
+        share = None
+        if self.trust == "posterior":
+            share = matched_share(trust)
+            trust = log_posterior(trust, share)
         return Asked(trust, Potentials(*of_all) if wants_potentials else None, share)
 
     def _weights(self, asked: Asked | None) -> Tensor | None:
@@ -239,7 +242,6 @@ class OTCOLoss(ClipLoss):
         log_trust = asked.log_trust
         if asked.share is not None:
             exchange.matched_share = asked.share
-            log_trust = log_posterior(log_trust, asked.share)
             # Such a small share does not mean that the captions are wrong: the model is still too young for its plan
             # to tell pairs apart. So all pairs get the same weight.
             log_trust = torch.where(asked.share < self.least_share, 0.0, log_trust)
@@ -302,7 +304,7 @@ class OTCOLoss(ClipLoss):
         # so far that it is never trusted again, and the model lost right pairs in this way.
         trusted: Tensor | float = 1.0
         if asked.log_trust is not None and asked.share is not None:
-            trusted = (log_posterior(asked.log_trust, asked.share) + asked.share.log()).exp()
+            trusted = (asked.log_trust + asked.share.log()).exp()
         image, text = (self.negative_price * trusted * price for price in prices)
         return image, text
 

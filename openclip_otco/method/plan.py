@@ -196,12 +196,12 @@ class TransportPlan:
             raise TypeError("a plan's epsilon must be a float, its step an int and coupled a bool")
         if not _SMALLEST_EPSILON <= plan.epsilon <= 1 / _SMALLEST_EPSILON:
             raise ValueError(f"a plan's epsilon must lie between 1e-6 and 1e6; got {plan.epsilon}")
-        if not all(isinstance(tensor, Tensor) and bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        features, potentials = torch.cat([plan.image_features, plan.text_features]), torch.cat([plan.f, plan.g])
+        if not (bool(torch.isfinite(features).all()) and bool(torch.isfinite(potentials).all())):
             raise ValueError("a plan's features and potentials must be finite")
-        norms = torch.cat([plan.image_features, plan.text_features]).norm(dim=1)
-        if not bool(((norms - 1).abs() <= _NORM_TOLERANCE).all()):
+        if not bool(((features.norm(dim=1) - 1).abs() <= _NORM_TOLERANCE).all()):
             raise ValueError("a plan's features must have unit norm")
-        if not bool((torch.cat([plan.f, plan.g]).abs() <= _LARGEST_POTENTIAL).all()):
+        if not bool((potentials.abs() <= _LARGEST_POTENTIAL).all()):
             raise ValueError(f"a plan's potentials must lie within {_LARGEST_POTENTIAL:g} of 0")
         if not all(isinstance(value, int | float) for value in dict(plan.diagnostics).values()):
             raise TypeError("a plan's diagnostics must be plain numbers")

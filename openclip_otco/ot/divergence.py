@@ -31,7 +31,7 @@ def sinkhorn_divergence(
         epsilon: `ε > 0`, in units of the cost.
         a, b: `(n,)` and `(m,)` masses; uniform where `None`.
         tol: L1 marginal error of each of the three plans.
-        max_iterations: of Sinkhorn, for each of them; after these the value is that of the last potentials.
+        max_iterations: of Sinkhorn, for each of them; after these the value is that of the best potentials so far.
 
     Raises:
         ValueError: as `sinkhorn`.

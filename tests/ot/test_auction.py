@@ -72,6 +72,15 @@ def masses(size, seed, kind):
     return mass / mass.sum()
 
 
+def empty_ledger(n, m, kind, seed):
+    """A ledger of that kind, and the masses of its rows, `(n,)`, and columns, `(m,)`; an assignment has `n` of both."""
+    if kind == "assignment":
+        a = b = torch.full((n,), 1 / n, dtype=torch.float64)
+        return AssignmentLedger(n, torch.device("cpu")), a, b
+    a, b = masses(n, seed, kind), masses(m, seed + 1, kind)
+    return TransportLedger(a, b, torch.float64), a, b
+
+
 @given(
     n=st.integers(1, 9), m=st.integers(1, 9), kind=st.sampled_from(["flat", "steep", "zeros", "assignment"]),
     seed=st.integers(0, 999),
@@ -80,12 +89,8 @@ def masses(size, seed, kind):
 def test_ledgers_lose_no_mass_and_lower_no_price(n, m, kind, seed):
     """Any bids in any order: what is placed and what is free always add up to the marginals."""
     generator = torch.Generator().manual_seed(seed)
-    if kind == "assignment":
-        m, a, b = n, torch.full((n,), 1 / n, dtype=torch.float64), torch.full((n,), 1 / n, dtype=torch.float64)
-        ledger = AssignmentLedger(n, torch.device("cpu"))
-    else:
-        a, b = masses(n, seed, kind), masses(m, seed + 1, kind)
-        ledger = TransportLedger(a, b, torch.float64)
+    ledger, a, b = empty_ledger(n, m, kind, seed)
+    m = len(b)
     cost, price = DenseCost(random_cost(n, m, seed)), torch.zeros(m, dtype=torch.float64)
     for _ in range(12):
         rows = ledger.free()
@@ -210,12 +215,8 @@ def test_a_sale_is_that_of_its_grains(supply, demand, seed, offers):
 )
 @settings(max_examples=100, deadline=None)
 def test_what_a_row_holds_is_within_a_step_of_its_best_choice(n, m, kind, seed, additive_error):
-    if kind == "assignment":
-        m, a, b = n, torch.full((n,), 1 / n, dtype=torch.float64), torch.full((n,), 1 / n, dtype=torch.float64)
-        ledger = AssignmentLedger(n, torch.device("cpu"))
-    else:
-        a, b = masses(n, seed, kind), masses(m, seed + 1, kind)
-        ledger = TransportLedger(a, b, torch.float64)
+    ledger, a, b = empty_ledger(n, m, kind, seed)
+    m = len(b)
     matrix = random_cost(n, m, seed)
     low, high = cost_range(DenseCost(matrix))
     auction = Auction(DenseCost(matrix), low, high - low, a, b, ledger, additive_error, seed)
