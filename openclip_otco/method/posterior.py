@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Halvings of the interval that holds the share: finer than float32.
-_BISECTIONS = 30
+# The interval that holds the share is cut into 32 parts, 6 times: as fine as 30 halvings, in a third of the operations.
+_PARTS = 32
+_CUTS = 6
 # A greater ratio of densities would hardly change the result, and its exponential could overflow.
 _LARGEST_LOG_RATIO = 60.0
 
@@ -23,12 +24,15 @@ def matched_share(log_ratio: Tensor) -> Tensor:
     """
     # In float64: near the ends the derivative is a difference of large sums.
     ratio = log_ratio.double().clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO).exp()
-    low, high = torch.zeros_like(ratio[0]), torch.ones_like(ratio[0])
-    for _ in range(_BISECTIONS):
-        share = (low + high) / 2
-        rising = ((ratio - 1) / (share * ratio + 1 - share)).sum() > 0
-        low, high = torch.where(rising, share, low), torch.where(rising, high, share)
-    share = (low + high) / 2
+    parts = torch.arange(_PARTS, device=ratio.device, dtype=ratio.dtype) / _PARTS
+    low, width = torch.zeros_like(ratio[0]), 1.0
+    for _ in range(_CUTS):
+        shares = low + width * parts
+        slopes = ((ratio - 1) / (1 + shares[:, None] * (ratio - 1))).sum(dim=1)
+        # The slope falls: the share lies in the last part that begins with a positive one.
+        low = shares[(slopes > 0).sum().sub(1).clamp(min=0)]
+        width /= _PARTS
+    share = low + width / 2
     # At the ends the derivative need not vanish.
     share = torch.where((1 - 1 / ratio).sum() >= 0, torch.ones_like(share), share)
     share = torch.where((ratio - 1).sum() <= 0, torch.zeros_like(share), share)
