@@ -1,4 +1,4 @@
-"""A pytest plugin: geomloss's tests of `ot.solve` call this package's `sinkhorn` in place of geomloss's own loop.
+"""A pytest plugin: geomloss's tests of `ot.solve` and `ot.solve_sample` call this package's `sinkhorn`.
 
 Checks of the input, plan, value and marginals stay theirs and are computed from our potentials. `max_iter` counts steps
 of an annealing that this package does not have. What it has for a small `ε` is a start from a plan, so both are judged:
@@ -16,15 +16,19 @@ import pytest
 import torch
 from geomloss._typing import SinkhornPotentials
 from geomloss.ot._implementations import matrix as geomloss_matrix
+from geomloss.ot._implementations import sample as geomloss_sample
 from hypothesis import Phase, assume, settings
 from peer_turns import Turns
 from torch import Tensor
 
 from openclip_otco.ot import exact_plan, sinkhorn
 
-# L1 errors of the marginals, as a share of the mass. geomloss compares with an error of 1e-3 at best.
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+# L1 errors of the marginals, as a share of the mass. geomloss allows a potential an error of 1e-4, and the potential at a
+# small mass has a greater error than the marginals.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 MOST_ITERATIONS = 2_000
+# The marginal errors of all problems that were given up after that many iterations.
+given_up: list[float] = []
 
 # The same examples each time, and none made smaller where one fails: this counts failures and mends none.
 settings.register_profile(
@@ -39,6 +43,8 @@ def potentials(matrix: Tensor, epsilon: float, log_a: Tensor, log_b: Tensor) -> 
     a, b = log_a.double().exp(), log_b.double().exp()
     start = exact_plan(matrix, a, b) if os.environ["PEER_PLANNER"] == "exact_plan" else None
     found = sinkhorn(matrix, epsilon, a, b, start, TOLERANCE[matrix.dtype], MOST_ITERATIONS)
+    if not found.converged:
+        given_up.append(found.marginal_error)
     f, g = found.f.double(), found.g.double()
     # Our masses sum to one. Masses that sum to m divide the density by m.
     of_mass = -epsilon * a.sum().log()
@@ -54,8 +60,13 @@ def ours(
     assert not debias, "ot.solve does not debias"
     costs, log_a, log_b = C_list[-1].xy, log_a_list[-1], log_b_list[-1]
     as_tensors = [torch.as_tensor(np.asarray(x)) if not isinstance(x, Tensor) else x for x in (costs, log_a, log_b)]
+    is_batch = as_tensors[0].ndim == 3  # ot.solve_sample has one problem
+    if not is_batch:
+        as_tensors = [x[None] for x in as_tensors]
     pairs = [potentials(c, float(descent.eps_list[-1]), p, q) for c, p, q in zip(*as_tensors, strict=True)]
     f, g = (torch.stack(parts).to(as_tensors[0].dtype) for parts in zip(*pairs, strict=True))
+    if not is_batch:
+        f, g = f[0], g[0]
     if not isinstance(costs, Tensor):
         return SinkhornPotentials(f_ba=f.numpy(), g_ab=g.numpy())
     return SinkhornPotentials(f_ba=f, g_ab=g)
@@ -66,13 +77,15 @@ def ours_answer() -> Iterator[Turns]:
     """Puts this package in the place of geomloss's loop. Once for all: hypothesis calls a test many times."""
     turns = Turns(int(os.environ["PEER_EVERY"]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(geomloss_matrix, "sinkhorn_loop", turns.between(geomloss_matrix.sinkhorn_loop, ours))
+        for module in (geomloss_matrix, geomloss_sample):
+            patch.setattr(module, "sinkhorn_loop", turns.between(module.sinkhorn_loop, ours))
         yield turns
 
 
 @pytest.fixture(autouse=True)
 def counted(ours_answer: Turns, record_property: Callable[[str, object], None]) -> Iterator[None]:
-    """Notes how often this package was asked in one test."""
-    before = ours_answer.ours
+    """Notes how often this package was asked in one test, and how many problems it gave up."""
+    before, given_up_before = ours_answer.ours, len(given_up)
     yield
     record_property("calls", ours_answer.ours - before)
+    record_property("given_up", len(given_up) - given_up_before)

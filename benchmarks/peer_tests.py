@@ -1,4 +1,4 @@
-"""Judges the solvers by the tests of their peers: POT's of Sinkhorn and exact transport, geomloss's of `ot.solve`.
+"""Judges the solvers by the tests of their peers: POT's of Sinkhorn and exact transport, geomloss's of `ot.solve*`.
 
     git clone https://github.com/PythonOT/POT; git clone --branch v0.3.1 https://github.com/jeanfeydy/geomloss
     pip install pytest pytest-check
@@ -68,13 +68,19 @@ REASONS = {
         ("test_emd_emd2", "test_emd_empty", "test_emd2_multi", "test_dual_variables"), _OPTIMUM
     ),
     "sinkhorn from zero": dict.fromkeys(
-        ("test_symmetry", "test_correct_values_random", "test_correct_values_convex_gradients"), _COLD
+        (
+            "test_symmetry",
+            "test_correct_values_random",
+            "test_correct_values_convex_gradients",
+            "test_correct_values_gaussians",
+        ),
+        _COLD,
     ),
 }
 UNANSWERED = "calls none of the functions that this package stands in for"
 FILES = {
     "POT": {"ot": "test/test_ot.py", "bregman": "test/test_bregman.py"},
-    "geomloss": {"solve": "tests/test_ot_solve_matrix.py"},
+    "geomloss": {"solve": "tests/test_ot_solve_matrix.py", "solve_sample": "tests/test_ot_solve_sample.py"},
 }
 PASSED, FAILED, OTHER = "passed", "failed", "not applicable"
 
@@ -88,20 +94,23 @@ class Case:
         outcome: `passed`, `failed` or `not applicable`.
         why: first line of what failed, or of what is missing.
         calls: calls that this package answered.
+        given_up: problems whose error was still above the tolerance after the most iterations (geomloss's tests alone).
     """
 
     test: str
     outcome: str
     why: str
     calls: int
+    given_up: int = 0
 
 
 @dataclass(frozen=True)
 class Line:
-    """One test function of a peer, over all its cases. `ours` names the function of this package that it judges,
-    `answers` the share of the calls that this package answers."""
+    """One test function of a peer, over all its cases. `file` names its file in `FILES`, `ours` the function of this
+    package that it judges, `answers` the share of the calls that this package answers."""
 
     peer: str
+    file: str
     ours: str
     answers: str
     test: str
@@ -109,6 +118,7 @@ class Line:
     why: str
     cases: int
     calls: int
+    given_up: int
     versions: str
 
 
@@ -136,6 +146,8 @@ JUDGEMENTS = (
     Judgement("POT", "bregman", "sinkhorn", "peer_pot", 2),
     Judgement("geomloss", "solve", "sinkhorn from zero", "peer_geomloss", 1, "none"),
     Judgement("geomloss", "solve", "sinkhorn from exact_plan", "peer_geomloss", 1, "exact_plan"),
+    Judgement("geomloss", "solve_sample", "sinkhorn from zero", "peer_geomloss", 1, "none"),
+    Judgement("geomloss", "solve_sample", "sinkhorn from exact_plan", "peer_geomloss", 1, "exact_plan"),
 )
 
 
@@ -151,12 +163,15 @@ def cases_of(report: str) -> list[Case]:
 
 def _case(element: ElementTree.Element) -> Case:
     test = str(element.get("name")).split("[")[0]
-    calls = sum(int(str(p.get("value"))) for p in element.iter("property") if p.get("name") == "calls")
+    calls, given_up = (
+        sum(int(str(p.get("value"))) for p in element.iter("property") if p.get("name") == name)
+        for name in ("calls", "given_up")
+    )
     for tag, outcome in (("error", FAILED), ("failure", FAILED), ("skipped", OTHER)):
         found = element.find(tag)
         if found is not None:
-            return Case(test, outcome, first_line(str(found.get("message"))), calls)
-    return Case(test, PASSED, "", calls) if calls else Case(test, OTHER, UNANSWERED, 0)
+            return Case(test, outcome, first_line(str(found.get("message"))), calls, given_up)
+    return Case(test, PASSED, "", calls, given_up) if calls else Case(test, OTHER, UNANSWERED, 0)
 
 
 def first_line(message: str) -> str:
@@ -177,8 +192,8 @@ def summed(cases: Iterable[Case], judged: Judgement, versions: str) -> list[Line
         worst = min(group, key=lambda case: (FAILED, PASSED, OTHER).index(case.outcome))
         why = REASONS.get(judged.ours, {}).get(test, worst.why) if worst.outcome == FAILED else worst.why
         lines.append(
-            Line(judged.peer, judged.ours, judged.answers, test, worst.outcome, why, len(group),
-                 sum(case.calls for case in group), versions)
+            Line(judged.peer, judged.file, judged.ours, judged.answers, test, worst.outcome, why, len(group),
+                 sum(case.calls for case in group), sum(case.given_up for case in group), versions)
         )  # fmt: skip
     return lines
 

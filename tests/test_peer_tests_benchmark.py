@@ -35,7 +35,8 @@ REPORT = """<testsuites><testsuite>
   <failure message="AssertionError: &#10;Not equal to tolerance&#10; Mismatched: 3">long</failure></testcase>
 <testcase name="test_b"><skipped message="tf not installed">x</skipped></testcase>
 <testcase name="test_c"></testcase>
-<testcase name="test_d"><properties><property name="calls" value="1" /></properties></testcase>
+<testcase name="test_d"><properties><property name="calls" value="1" />
+  <property name="given_up" value="4" /></properties></testcase>
 </testsuite></testsuites>"""
 
 
@@ -45,14 +46,15 @@ def test_cases_of_a_report() -> None:
         Case("test_a", FAILED, "Not equal to tolerance", 2),
         Case("test_b", OTHER, "tf not installed", 0),
         Case("test_c", OTHER, UNANSWERED, 0),  # it passed, but says nothing of this package
-        Case("test_d", PASSED, "", 1),
+        Case("test_d", PASSED, "", 1, 4),
     ]
 
 
 def test_a_function_has_failed_where_one_case_has() -> None:
     lines = summed(cases_of(REPORT), JUDGEMENTS[0], "torch 2")
-    assert [(line.test, line.outcome, line.cases, line.calls) for line in lines] == [
-        ("test_a", FAILED, 2, 5), ("test_b", OTHER, 1, 0), ("test_c", OTHER, 1, 0), ("test_d", PASSED, 1, 1),
+    assert [(line.test, line.outcome, line.cases, line.calls, line.given_up) for line in lines] == [
+        ("test_a", FAILED, 2, 5, 0), ("test_b", OTHER, 1, 0, 0),
+        ("test_c", OTHER, 1, 0, 0), ("test_d", PASSED, 1, 1, 4),
     ]  # fmt: skip
     assert json.loads(json.dumps(vars(lines[0])))["why"] == "Not equal to tolerance"
 
