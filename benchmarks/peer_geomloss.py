@@ -23,8 +23,8 @@ from torch import Tensor
 
 from openclip_otco.ot import exact_plan, sinkhorn
 
-# L1 errors of the marginals, as a share of the mass. geomloss allows a potential an error of 1e-4, and the potential at a
-# small mass has a greater error than the marginals.
+# L1 errors of the marginals, as a share of the mass. geomloss allows a potential an error of 1e-4, and the potential at
+# a small mass has a greater error than the marginals.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 MOST_ITERATIONS = 2_000
 # The marginal errors of all problems that were given up after that many iterations.
