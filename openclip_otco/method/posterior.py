@@ -29,9 +29,9 @@ def matched_share(log_ratio: Tensor) -> Tensor:
     for _ in range(_CUTS):
         shares = low + width * parts
         slopes = ((ratio - 1) / (1 + shares[:, None] * (ratio - 1))).sum(dim=1)
-        # The slope falls: the share lies in the last part that begins with a positive one.
-        low = shares[(slopes > 0).sum().sub(1).clamp(min=0)]
+        # The slope falls: the share lies in the last part that begins with a positive one. Indexing makes a GPU wait.
         width /= _PARTS
+        low = low + width * (slopes > 0).sum().sub(1).clamp(min=0)
     share = low + width / 2
     # At the ends the derivative need not vanish.
     share = torch.where((1 - 1 / ratio).sum() >= 0, torch.ones_like(share), share)
