@@ -9,6 +9,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit
 
 from openclip_otco.method.posterior import log_posterior, matched_share
+from openclip_otco.method.weights import tempered
 
 RATIOS = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=60)
 
@@ -67,3 +68,13 @@ def test_where_none_is_matched_the_order_is_left():
 def test_a_nan_stays_one():
     log_ratio = torch.tensor([1.0, float("nan"), -1.0])
     assert bool(log_posterior(log_ratio, matched_share(log_ratio)).isnan().any())
+
+
+@pytest.mark.parametrize("least_share", [0.0, 0.25])
+def test_no_number_is_read_back(least_share):
+    # A number that Python needs makes a GPU wait for it. A tensor without data cannot give one, and raises.
+    log_ratio = torch.zeros(8, device="meta")
+    share = matched_share(log_ratio)
+    weights, effective = tempered(log_posterior(log_ratio, share), 2.0, least_share)
+    assert weights.shape == (8,)
+    assert share.shape == effective.shape == ()

@@ -66,4 +66,6 @@ def tempered(log_trust: Tensor, power: float, least_share: float) -> tuple[Tenso
     shares = weights.square().mean(dim=1).reciprocal()
     # At power 0 the share is 1, so that one of them always qualifies.
     best = torch.arange(len(powers), device=shares.device).where(shares >= least_share, 0).amax()
-    return weights[best], shares[best]
+    # An index that is a tensor of no dimension would make a GPU wait.
+    best = best[None]
+    return weights.index_select(0, best)[0], shares.index_select(0, best)[0]
