@@ -212,6 +212,8 @@ def run(judged: Judgement, checkout: Path, versions: str) -> list[Line]:
             "PEER": judged.peer,
             "PEER_EVERY": str(judged.every),
             "PEER_PLANNER": judged.planner,
+            # This package takes arrays of NumPy and torch; another benchmark installs JAX, and POT would test with it.
+            "POT_BACKEND_DISABLE_JAX": "1",
             "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]),
             # The same examples and no files beside the checkout's.
             "HYPOTHESIS_STORAGE_DIRECTORY": folder,
