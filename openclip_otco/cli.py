@@ -12,7 +12,7 @@ UNUSABLE = 2
 # Each module has add_arguments(parser) and run(args) -> exit code, but for that of `train`, whose arguments are
 # OpenCLIP's. Only that of the chosen command is imported, because patching has to work without torch.
 COMMANDS = {
-    "train": ("openclip_otco.train.launch", "OpenCLIP's training script, after a look whether it has OTCO's losses"),
+    "train": ("openclip_otco.train.launch", "OpenCLIP's training script, after a check that it has OTCO's losses"),
     "patch": ("openclip_otco.patch.command", "give OpenCLIP's training script its plugin point, or take it away again"),
     "scenes": ("openclip_otco.scenes.shards", "render pairs of a scene and its caption as webdataset shards"),
     "evaluate": ("openclip_otco.evaluate.command", "measure retrieval and zero-shot classification of a checkpoint"),

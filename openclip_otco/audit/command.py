@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=count,
         default=os.environ.get("RANK", "0"),
         metavar="R",
-        help="which of them this one is, from 0; the first one writes the table (default: torchrun's RANK, else 0)",
+        help="number of this process, from 0; the first one writes the table (default: torchrun's RANK, else 0)",
     )
     parser.add_argument("--csv-separator", default="\t", help="for csv data, which separator to use (tab)")
     parser.add_argument("--csv-img-key", default="filepath", help="for csv data, the column of paths (%(default)s)")
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     least = parser.add_mutually_exclusive_group()
     least.add_argument(
-        "--threshold", type=share, metavar="PROBABILITY", help="--write-clean drops the pairs with a lower one"
+        "--threshold", type=share, metavar="PROBABILITY", help="--write-clean drops the pairs with a lower probability"
     )
     least.add_argument(
         "--drop",

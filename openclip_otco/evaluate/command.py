@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images at once (%(default)s)")
     parser.add_argument("--workers", type=count, default=1, metavar="N", help="processes that decode (%(default)s)")
-    parser.add_argument("--device", help="device to use (default: the run's, where it is there)")
+    parser.add_argument("--device", help="device to use (default: the run's, if this machine has it)")
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the metrics here as JSON")
 
 

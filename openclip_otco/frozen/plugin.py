@@ -39,7 +39,7 @@ class FrozenFeaturesPlugin:
             const=str(home() / "features"),
             metavar="DIR",
             help="Encode each input of a locked tower only once, and keep the features in this folder (without DIR: "
-            "%(const)s). Needs --lock-image or --lock-text.",
+            "%(const)s). Needs --lock-image, or --lock-text with --lock-text-freeze-layer-norm.",
         )
 
         group.add_argument(
@@ -74,8 +74,8 @@ class FrozenFeaturesPlugin:
             refuse("--lock-text leaves layer norms trainable; add --lock-text-freeze-layer-norm")
         if args.lock_image and args.lock_image_freeze_bn_stats:
             refuse(
-                "drop --lock-image-freeze-bn-stats: a remembered tower's statistics are frozen as they are, and that "
-                "flag takes the activations away that timm keeps in its batch norms"
+                "drop --lock-image-freeze-bn-stats: --frozen-features freezes the statistics already, and that flag "
+                "removes the activations inside timm's batch norms"
             )
         if getattr(args, "torchscript", False) or getattr(args, "trace", False):  # OpenCLIP 4 has them no longer
             refuse("not with --torchscript or --trace")

@@ -24,14 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="SHARDS", help="webdataset shards to show pairs of (default: --train-data of the run)"
     )
     parser.add_argument("--pairs", type=positive, default=512, metavar="N", help="pairs to couple (%(default)s)")
-    parser.add_argument("--samples", type=positive, default=6, metavar="N", help="of them to show (%(default)s)")
+    parser.add_argument("--samples", type=positive, default=6, metavar="N", help="pairs to show (%(default)s)")
     parser.add_argument(
         "--negatives", type=positive, default=4, metavar="N", help="hardest negatives of each sample (%(default)s)"
     )
     parser.add_argument("--precision", help="as in training (default: that of the run)")
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images at once (%(default)s)")
     parser.add_argument("--workers", type=count, default=1, metavar="N", help="processes that decode (%(default)s)")
-    parser.add_argument("--device", help="device to use (default: the run's, where it is there)")
+    parser.add_argument("--device", help="device to use (default: the run's, if this machine has it)")
     parser.add_argument("--out", metavar="FILE", type=Path, help=f"write the page here (default: RUN_DIR/{PAGE})")
 
 

@@ -52,7 +52,7 @@ class OTCOLoss(ClipLoss):
     the loss is `ClipLoss` to the bit. The same holds with `μ = 0` until plans are set (`exchange.set_plans`).
 
     Args:
-        confidence: `γ >= 0`, the power of the plan confidence that makes the weights `c_i`; 0 switches them off.
+        confidence: `γ >= 0`, the power of the trust in a pair that makes the weights `c_i`; 0 switches them off.
         trust: the quantity that is raised to that power. `posterior`: the probability that the pair is matched; the
             share of matched pairs is estimated from the batch (`posterior.matched_share`), so on clean captions nearly
             all weights are 1. `share`: the product of the pair's shares of its row and of its column of the plan.

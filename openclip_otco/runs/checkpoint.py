@@ -128,7 +128,7 @@ def load(
         where = checkpoint.parent.parent / "params.txt"
         raise UserError(f"CHECKPOINT {checkpoint}: {where} does not tell its model; name it by --model")
     if model is None and ":" in str(name):  # a schema of OpenCLIP's, such as hf-hub:
-        raise UserError(f"CHECKPOINT {checkpoint}: its run loaded the model {name}; to do so too, give --model")
+        raise UserError(f"CHECKPOINT {checkpoint}: its run loaded the model {name}; to load it here, give --model")
     precision = precision or str(run.get("precision", "fp32"))
     place = _device(device, run.get("device"))
     made, preprocess, tokenizer = _make(str(name), precision, place, run, "logit_bias" in weights)

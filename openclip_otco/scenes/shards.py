@@ -170,7 +170,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=default.seed, help="equal seeds give equal files (%(default)s)")
     parser.add_argument("--size", type=int, default=default.size, metavar="PIXELS", help="picture side (%(default)s)")
-    parser.add_argument("--shards", type=int, default=default.shards, metavar="N", help="per split (%(default)s)")
+    parser.add_argument(
+        "--shards", type=int, default=default.shards, metavar="N", help="shards of train and of val (%(default)s)"
+    )
     parser.add_argument("--force", action="store_true", help="replace the train/ and val/ that OUT_DIR holds")
 
 

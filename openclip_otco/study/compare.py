@@ -65,7 +65,7 @@ def run(args: argparse.Namespace, trainer: Sequence[str] = OPEN_CLIP) -> int:
         with _stopped_by_signals():
             return compare(study, out, trainer, args.jobs)
     except KeyboardInterrupt:
-        print("openclip-otco compare: stopped; finished runs are kept, the same command goes on", file=sys.stderr)
+        print("openclip-otco compare: stopped; finished runs are kept; run it again to go on", file=sys.stderr)
         return STOPPED
 
 
@@ -150,7 +150,7 @@ def report(study: Study, out: Path, found: Sequence[Result]) -> None:
     for path in (out / "table.md", *pictures):
         print(path)
     if pages := look.commands(study, runs(study, out), {result.run for result in found}):
-        print("\nSee what the plans see, on two pages:", *pages, sep="\n")
+        print("\nTo look at a run's plans and data, on two pages:", *pages, sep="\n")
 
 
 def commands(study: Study, out: Path, trainer: Sequence[str] = OPEN_CLIP) -> list[str]:

@@ -18,7 +18,7 @@ from openclip_otco.study.reliability import reliability_picture
 from openclip_otco.study.study_results import StudyResults
 
 TEMPLATE = "page.md.jinja"
-_NOTE = "<!-- Made by `openclip-otco results` from {template}: edit that, and run it again. -->\n"
+_NOTE = "<!-- Made by `openclip-otco results` from {template}: edit that, and run `make page`. -->\n"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -73,7 +73,7 @@ def _plugin_problem() -> str | None:
     from openclip_otco.train.plugin import OTCOPlugin
 
     points = entry_points(group=GROUP, name=OTCOPlugin.name)
-    cure = "run pip install --force-reinstall --no-deps openclip-otco in this environment"
+    cure = "run pip install --force-reinstall --no-deps . in the checkout of openclip_otco, in this environment"
     if not points:
         return f"OpenCLIP does not find the plugin {OTCOPlugin.name} (entry points {GROUP}); {cure}"
     for point in points:

@@ -31,7 +31,7 @@ OPTIONS = (
     Option("--otco-initial-plan", "combinatorial", "Plan that the entropic refinement starts from.",
            choices=INITIAL_PLANS),
     Option("--otco-additive-error", ADDITIVE_ERROR,
-           "Additive error of the combinatorial plan, as a share of the largest cost.",
+           "Additive error of the combinatorial plan, as a share of the range of the costs.",
            SHARE_ABOVE_ZERO),
     Option("--otco-coupling", "transport",
            "What couples the pairs of a window: transport, an optimal transport plan; or, for comparison, softmax, "
@@ -45,7 +45,7 @@ OPTIONS = (
     Option("--otco-transport-weight", 0.0, "Weight of the transported pairs in the loss, 0 = off.", NOT_NEGATIVE),
     Option("--otco-own-pair", "in", "Whether a pair's own partner is in the support that transports it.",
            choices=("in", "out")),
-    Option("--otco-confidence", 2.0, "Power of the plan confidence that weighs each pair, 0 = off.", NOT_NEGATIVE),
+    Option("--otco-confidence", 2.0, "Power of the trust that weighs each pair, 0 = off.", NOT_NEGATIVE),
     Option("--otco-trust", "posterior",
            "What --otco-confidence is the power of: posterior, the probability that a pair is matched; or share, the "
            "pair's share of the plan.",
