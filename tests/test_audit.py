@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import open_clip
 import pyarrow.parquet as pq
@@ -215,6 +217,11 @@ def test_truth_knows_samples_of_one_caption(tmp_path: Path) -> None:
     assert found == {"a": True, "a-3": True, "a-x": False, "b": False, "c": False, "c-7": True, "c-8": False} | {
         "c-7-1": True
     }
+
+
+def test_a_byte_order_mark_is_no_part_of_the_truth(tmp_path: Path) -> None:
+    (tmp_path / "truth.csv").write_text("key,caption_key\na,b\n", encoding="utf-8-sig")
+    assert Truth(tmp_path / "truth.csv").is_wrong("a")
 
 
 @settings(deadline=None)
@@ -431,6 +438,29 @@ def test_towers_need_no_checkpoint(towers: str, data: str, tmp_path: Path, capsy
     assert texts[0].tolist() == pytest.approx(found.texts(["a dog"])[0].tolist(), abs=1e-5)
 
 
+def test_a_text_model_that_cannot_pad_is_refused_before_anything_is_read(
+    towers: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = shutil.copytree(bert_tiny_folder(), tmp_path / "text")
+    for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
+        facts = json.loads(path.read_text())
+        facts.pop("pad_token", None)
+        path.write_text(json.dumps(facts | ({"padding": None} if "padding" in facts else {})))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": None})
+    )
+    name = f"{towers.partition('+')[0]}+{folder}"
+    given = ("--data", data, "--out", tmp_path / "out", "--towers", name, "--window", 14, "--workers", 0)
+    assert audit(*given) == 2
+    # The bar of transformers aside.
+    err = capsys.readouterr().err.split("\r")[-1].strip().splitlines()[-1]
+    assert err.startswith(f"openclip-otco audit: --towers {name}: cannot be loaded: ")
+    assert "pad" in err
+    assert not (tmp_path / "out/audit.parquet").exists()
+
+
 def test_a_checkpoint_and_towers_are_two_witnesses(run: Callable, towers: str, encoder: checkpoint.Encoder) -> None:
     both = {(row["key"], row["caption"], row["shard"]): row for row in run("both", "--towers", towers)}
     alone = run("alone")
@@ -472,6 +502,17 @@ def test_ranks_share_the_shards(
         sorted(path.read_bytes() for path in (tmp_path / name).iterdir()) for name in ("clean", "clean-of-ranks")
     ]
     assert cleaned[0] == cleaned[1]
+
+
+def test_a_rank_that_starts_when_the_clean_data_are_written_has_nothing_to_do(
+    rank_words: Callable, tmp_path: Path
+) -> None:
+    for rank in (2, 1, 0):
+        assert audit(*rank_words(rank)) == 0
+    words = ("--write-clean", tmp_path / "clean", "--drop", 0.4)
+    for rank in (0, 1, 2):
+        assert audit(*rank_words(rank), *words) == 0
+    assert not AuditFolder(tmp_path / "out", 1, 3).failure()
 
 
 @pytest.fixture
@@ -678,9 +719,40 @@ def test_an_audit_that_was_stopped_goes_on(
     assert all((tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
 
 
+def test_an_audit_that_ran_out_of_memory_goes_on_with_smaller_batches(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run("whole", "--batch-size", 30, "--write-clean", tmp_path / "clean", "--drop", 0)
+    encode, calls = checkpoint.Encoder.images_and_tower, iter(range(10**6))
+
+    def encode_or_fail(self: checkpoint.Encoder, pixels: Any) -> Any:
+        if next(calls) == 1:
+            raise MemoryError
+        return encode(self, pixels)
+
+    monkeypatch.setattr(checkpoint.Encoder, "images_and_tower", encode_or_fail)
+    with pytest.raises(MemoryError):
+        run("stopped", "--batch-size", 30)
+    # It goes on in the midst of a batch of 30 images.
+    assert AuditFolder(tmp_path / "stopped").progress()[0].skip > 2 * 4
+    found = run("stopped", "--batch-size", 2, "--write-clean", tmp_path / "clean-after", "--drop", 0)
+
+    def by_pair(rows: list[dict[str, Any]]) -> list[tuple]:
+        return sorted((row["shard"], row["key"], row["caption"], row["cosine"]) for row in rows)
+
+    # Each pair once. In batches of another size features differ in their last bits.
+    assert [row[:3] for row in by_pair(found)] == [row[:3] for row in by_pair(whole)]
+    assert [row[3] for row in by_pair(found)] == pytest.approx([row[3] for row in by_pair(whole)], abs=1e-5)
+    cleaned = [
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("clean", "clean-after")
+    ]
+    assert cleaned[0] == cleaned[1]
+    assert len(read_shard(tmp_path / "clean-after/2.tar")) == len(read_shard(tmp_path / "data/2.tar"))
+
+
 def test_what_is_done_is_not_done_again(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run("out")
-    monkeypatch.delattr(checkpoint.Encoder, "images")
+    monkeypatch.delattr(checkpoint.Encoder, "images_and_tower")
     assert run("out") == whole
 
 
@@ -961,6 +1033,8 @@ def test_marks_decide_before_the_models(
 
 def test_a_mark_of_a_key_alone_means_all_its_pairs(run: Callable, tmp_path: Path) -> None:
     path = marks_file(tmp_path / "marks.jsonl", {"mark": "drop", "key": "many"})
+    # As an editor of Windows saves it.
+    path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
     run("out", "--write-clean", tmp_path / "clean", "--drop", 0, "--marks", path)
     names = {name for shard in range(3) for name, _ in read_shard(tmp_path / f"clean/{shard}.tar")}
     assert not any(name.startswith("many") for name in names)
@@ -1063,6 +1137,20 @@ def test_csv_gives_what_shards_give(run: Callable, tmp_path: Path, monkeypatch: 
     assert (tmp_path / "clean/20.csv").read_text().splitlines() == kept
 
 
+@pytest.mark.parametrize("lacks", ["sample", "shard"])
+def test_clean_data_of_other_data_are_not_written(run: Callable, data: str, tmp_path: Path, lacks: str) -> None:
+    run("out")
+    source, parts = Shards(data), AuditFolder(tmp_path / "out").parts()
+    if lacks == "sample":
+        last = Path(source.names[2])
+        write_shard(last, read_shard(last)[:-2])
+    else:
+        source = Shards(str(Path(source.names[0]).parent / "{0..1}.tar"))
+    with pytest.raises(UserError, match=r"--data is not what was audited: sample \d+ of shard 2 is not where it was"):
+        write_clean(source, parts, lambda row: True, tmp_path / "clean")
+    assert not (tmp_path / "clean").exists()
+
+
 def test_auroc_of_a_model_that_knows(run: Callable, data: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "truth.csv").write_text("key\n00\n11\n22\n../../x\n")
     rows = run("out", "--truth", tmp_path / "truth.csv")
@@ -1097,6 +1185,10 @@ def test_auroc_of_a_model_that_knows(run: Callable, data: str, tmp_path: Path, c
         (("--data", "other.csv", "--caption-lines"), "--caption-lines: is for shards, and other.csv is a table"),
         (("--data", "{0..", "--top", 3), "--data {0..: cannot be expanded"),
         (("--data", "other.csv"), "--csv-img-key filepath: other.csv has no such column, but keys, other"),
+        (
+            ("--data", "keyed.csv", "--csv-separator", "\\t", "--write-clean", "DIR"),
+            "--csv-separator \\t: --write-clean needs a single character; for a tab, leave it out",
+        ),
         (("--data", "data/0.tar::data/0.tar", "--write-clean", "DIR", "--drop", 0.1), "2 shards are named 0.tar"),
         (("--checkpoint", "none.pt"), "--checkpoint none.pt: no such file"),
         (("--ranks", 4), "--ranks 4: there are 3 shards; give at most as many ranks"),
@@ -1131,15 +1223,22 @@ def test_bad_input_gets_one_line(
     assert out == ""
 
 
+FULL = OSError(errno.ENOSPC, "no space")
+
+
 @pytest.mark.parametrize(
-    ("place", "message"),
+    ("place", "error", "message"),
     [
-        ("source.shard_samples", "--data: cannot be read: [Errno 28] no space"),
-        ("table.write", "--out out: cannot be used: [Errno 28] no space"),
-        ("table.metadata", "--out out: cannot be used: [Errno 28] no space"),
-        ("report.write_text", "--out out: cannot be used: [Errno 28] no space"),
+        ("source.shard_samples", FULL, "--data: cannot be read: [Errno 28] no space"),
+        ("table.write", FULL, "--out out: cannot be used: [Errno 28] no space"),
+        ("table.metadata", FULL, "--out out: cannot be used: [Errno 28] no space"),
+        ("report.write_text", FULL, "--out out: cannot be used: [Errno 28] no space"),
+        ("table.Ranking.write", duckdb.IOException("IO Error: no space\nHint"),
+         "--out out: cannot be used: IO Error: no space"),
+        ("table.Ranking.first", duckdb.OutOfMemoryException("Out of Memory Error: failed to allocate"),
+         "--out out: cannot be used: Out of Memory Error: failed to allocate"),
     ],
-)
+)  # fmt: skip
 def test_an_error_of_the_disk_names_what_was_read_or_written(
     run_checkpoint: Path,
     data: str,
@@ -1147,10 +1246,11 @@ def test_an_error_of_the_disk_names_what_was_read_or_written(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
     place: str,
+    error: Exception,
     message: str,
 ) -> None:
     def fail(*given: object, **named: object) -> None:
-        raise OSError(errno.ENOSPC, "no space")
+        raise error
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(f"openclip_otco.audit.{place}", fail)

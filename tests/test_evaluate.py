@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import tarfile
@@ -60,8 +61,9 @@ def test_recalls_are_those_of_torchmetrics(per_image: list[int], seed: int) -> N
     assert (found["images"], found["texts"]) == scores.shape
 
 
-def test_one_caption_an_image_is_openclip_s_own_validation() -> None:
-    images, texts, owner = related(101, [1] * 101, seed=0)
+@pytest.mark.parametrize("size", [100, 101])
+def test_one_caption_an_image_is_openclip_s_own_validation(size: int) -> None:
+    images, texts, owner = related(size, [1] * size, seed=0)
     expected = get_clip_metrics(images, texts, torch.tensor(1.0))
     found = retrieval(images, texts, owner)
     assert {name: found[name] for name in expected} == pytest.approx(expected)
@@ -319,6 +321,32 @@ def test_a_text_is_one_caption_unless_lines_are_asked_for(
         assert ("--caption-lines" in err) == bool(told)
 
 
+def test_a_full_disk_does_not_lose_the_figures(
+    model: torch.nn.Module,
+    captioned: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("openclip_otco.files.write_text", full)
+    assert evaluate(save(model, tmp_path), "--data", captioned, "--out", tmp_path / "found.json") == 2
+    out, err = capsys.readouterr()
+    assert "rsum" in out
+    assert f"--out {tmp_path / 'found.json'}: cannot be written: No space left on device" in err
+
+
+def test_a_folder_that_is_not_there_is_told_before_anything_is_encoded(
+    model: torch.nn.Module, captioned: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert evaluate(save(model, tmp_path), "--data", captioned, "--out", tmp_path / "none/found.json") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"cannot be written: there is no folder {tmp_path / 'none'}; make it first" in err
+
+
 def test_nothing_is_written_where_a_run_says(model: torch.nn.Module, captioned: str, tmp_path: Path) -> None:
     foreign, own = tmp_path / "foreign", tmp_path / "own"
     foreign.mkdir()
@@ -456,7 +484,9 @@ def test_classification_of_a_checkpoint(model: torch.nn.Module, tmp_path: Path, 
     for number, label in enumerate(labels):
         files |= {f"{number}.png": picture(number), f"{number}.cls": str(label).encode()}
     write_shard(tmp_path / "classes.tar", files)
-    (tmp_path / "names.txt").write_text("cat\nred dog\nbird\n")
+    (tmp_path / "names.txt").write_text(
+        "cat\nred dog\nbird\n", encoding="utf-8-sig"
+    )  # as an editor of Windows saves it
     (tmp_path / "templates.txt").write_text("a photo of a {c}.\nsome {} {here}\n")
     words = (path, "--data", tmp_path / "classes.tar")
     named = (*words, "--classes", tmp_path / "names.txt")

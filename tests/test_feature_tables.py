@@ -607,6 +607,30 @@ def test_ranks_that_do_not_share_the_folder_are_told(tmp_path: Path) -> None:
         assert f"rank {rank} does not see what other ranks wrote; name a folder that all ranks share" in told
 
 
+def _rank_that_sees_less(rank: int, world: int, folder: Path) -> None:
+    find = FeatureTable.find
+
+    def without_the_first(self: FeatureTable, keys: torch.Tensor) -> torch.Tensor:
+        found = find(self, keys)
+        if rank == 1 and self.folder.name.startswith("image") and len(found) > 1:
+            found[0] = -1
+        return found
+
+    FeatureTable.find = without_the_first  # type: ignore[method-assign]
+    _rank(rank, world, folder, True)
+
+
+def test_ranks_that_see_other_features_do_not_train(tmp_path: Path) -> None:
+    """As where the disk that two machines share shows new files to one of them first."""
+    make_data(tmp_path)
+    start_ranks(_rank, 2, tmp_path, True)
+    (tmp_path / "store").unlink(missing_ok=True)
+    start_ranks(_rank_that_sees_less, 2, tmp_path)
+    for rank in range(2):
+        told = (tmp_path / f"error-{rank}").read_text()
+        assert "ranks see different features there; start the training again" in told
+
+
 @pytest.mark.training
 def test_a_run_on_features_is_the_same_again(tmp_path: Path) -> None:
     """From the first encoding to the last log line, by OpenCLIP's script."""

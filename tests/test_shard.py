@@ -10,9 +10,10 @@ import pytest
 import webdataset as wds
 from hypothesis import given
 from hypothesis import strategies as st
+from open_clip_train.data import tarfile_to_samples_nothrow
 from webdataset.tariterators import base_plus_ext
 
-from openclip_otco.data.shard import key_and_kind, shard_samples
+from openclip_otco.data.shard import BROKEN, key_and_kind, shard_samples
 from openclip_otco.errors import UserError
 
 FILES = {
@@ -54,6 +55,35 @@ def test_samples_are_those_of_webdataset(tmp_path: Path, mode: str, start: str) 
     theirs = [(each["__key__"], {k: v for k, v in each.items() if not k.startswith("__")}) for each in pipeline]
     assert found == theirs
     assert len(found) == 4
+
+
+def test_a_type_that_comes_again_begins_a_sample_as_in_openclip(tmp_path: Path) -> None:
+    names = ["0.jpg", "0.txt", "0.jpg", "0.txt", "1.txt", "1.jpg", "1.json", "1.json", "2.jpg"]
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number, name in enumerate(names):
+            header = tarfile.TarInfo(name)
+            header.size = 1
+            tar.addfile(header, io.BytesIO(b"%d" % number))
+    found = [
+        (key, {file.kind: file.content for file in files}) for key, files in shard_samples(str(tmp_path / "0.tar"))
+    ]
+    read = tarfile_to_samples_nothrow(wds.SimpleShardList([str(tmp_path / "0.tar")]))
+    theirs = [(each["__key__"], {k: v for k, v in each.items() if not k.startswith("__")}) for each in read]
+    assert found == theirs
+    assert [key for key, _ in found] == ["0", "0", "1", "1", "2"]
+
+
+@pytest.mark.parametrize("place", [30, 100, 200])
+def test_a_damaged_archive_is_one_clear_error(tmp_path: Path, place: int) -> None:
+    shard = tmp_path / "0.tar.xz"
+    write_shard(shard, "w:xz")
+    content = bytearray(shard.read_bytes())
+    content[place] ^= 255
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=rf"^--train-data: {shard} is no readable tar file \("):
+        list(shard_samples(str(shard), "--train-data"))
+    with pytest.raises(BROKEN), tarfile.open(shard) as tar:
+        tar.getmembers()
 
 
 @pytest.mark.parametrize("left", [0, 1, 1300])

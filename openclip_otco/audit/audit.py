@@ -53,7 +53,7 @@ def run_audit(
     """
     if rank >= ranks:
         raise UserError(f"--rank {rank}: must be below --ranks {ranks}")
-    if clean is not None:
+    if clean is not None and rank == 0:  # it alone writes, perhaps before others have started
         check_target(clean.folder, source)
     share: Source = source if ranks == 1 else ShardsOfRank(source, rank, ranks)
     decisive = _decisive(source, settings, ranks)

@@ -28,7 +28,8 @@ def check_target(folder: Path, source: Source) -> None:
     """Find out before the audit whether `write_clean` would fail after it.
 
     Raises:
-        UserError: `folder` is not empty, or the shards of `source` cannot be written there under their own names.
+        UserError: `folder` is not empty, the shards of `source` cannot be written there under their own names, or its
+            table cannot be written with its separator.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--write-clean {folder}: is there and not empty; name a new folder")
@@ -37,6 +38,11 @@ def check_target(folder: Path, source: Source) -> None:
         for name, count in names.most_common(1):
             if count > 1:
                 raise UserError(f"--write-clean: {count} shards are named {name}; audit one --data source at a time")
+    if isinstance(source, CsvRows) and len(source.separator) != 1:
+        # It is read as a regular expression.
+        raise UserError(
+            f"--csv-separator {source.separator}: --write-clean needs a single character; for a tab, leave it out"
+        )
 
 
 def write_clean(
@@ -78,6 +84,7 @@ def write_clean(
                     left.append(shard)
                     kept.skip(index)
             (partial / "sizes.json").write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+        kept.check_all_found()
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
@@ -104,6 +111,19 @@ class _Kept:
         """Skip all samples of a shard."""
         while self._next is not None and self._next[0][0] == shard:
             self._next = next(self._samples, None)
+
+    def check_all_found(self) -> None:
+        """Check that the data had all samples of the parts.
+
+        Raises:
+            UserError: they had not.
+        """
+        if self._next is not None:
+            (shard, number), _ = self._next
+            raise UserError(
+                f"--write-clean: --data is not what was audited: sample {number} of shard {shard} is not where it was; "
+                "audit it again with a new --out"
+            )
 
 
 def _samples(

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import duckdb
 from filelock import FileLock, Timeout
 
 from openclip_otco.audit import table
@@ -20,7 +21,7 @@ from openclip_otco.errors import UserError
 from openclip_otco.files import locked, remove_partial, write_text
 
 # Goes up whenever the same settings begin to give other parts.
-_VERSION = 3
+_VERSION = 4
 _STATE = "state.json"
 
 
@@ -78,8 +79,9 @@ class AuditFolder:
             yield
         except Timeout:
             raise UserError(f"--out {self.path}: another audit is at work in it; wait for its end") from None
-        except OSError as error:
-            raise UserError(f"--out {self.path}: cannot be used: {error}") from error
+        except (OSError, duckdb.Error) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(f"--out {self.path}: cannot be used: {reason}") from error
 
     def _claim(self, state: dict[str, Any]) -> None:
         found = self._state()

@@ -79,7 +79,7 @@ class Marks:
     def _lines(self) -> Iterable[str]:
         try:
             # Not splitlines(): a caption may hold a line separator of Unicode.
-            return self.path.read_text(encoding="utf-8").split("\n")
+            return self.path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, ValueError) as error:
             raise UserError(f"--marks {self.path}: cannot be read: {error}") from error
 

@@ -31,8 +31,8 @@ class Cursor:
 
     Attributes:
         shard, sample: where a batch of the encoder begins.
-        skip: number of pairs of the batch that lie before the place. The whole batch is encoded again: in another
-            batch, features would differ in their last bits.
+        skip: number of pairs that lie between the beginning of the batch and the place. The whole batch is encoded
+            again: in another batch, features would differ in their last bits.
         images: number of samples before the batch.
         unreadable, captionless: how many of these samples could not be read, or have no caption, and so gave no pair.
     """
@@ -161,7 +161,8 @@ def stream(
             cursor.captionless + sum(sample.readable and not sample.captions for sample in decoded),
         )
         yield pairs[skip:], cursor
-        skip = 0
+        # A process that goes on with smaller batches skips more than its first one.
+        skip = max(0, skip - len(pairs))
 
 
 def _with_user_errors(loader: Iterable[T]) -> Iterator[T]:

@@ -26,7 +26,7 @@ class Truth:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open(newline="", encoding="utf-8") as stream:
+            with path.open(newline="", encoding="utf-8-sig") as stream:
                 rows = csv.DictReader(stream)
                 has_keys = "key" in (rows.fieldnames or ())
                 self._keys = {row["key"] for row in rows} if has_keys else set()

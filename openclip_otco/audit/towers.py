@@ -74,12 +74,15 @@ def load_towers(name: str, device: str | None = None) -> UnimodalTowers:
         device: of torch; by default a GPU if there is one.
 
     Raises:
-        UserError: there is no such model, its weights cannot be loaded, or there is no such device.
+        UserError: there is no such model, its weights cannot be loaded, it cannot encode texts, or there is no such
+            device.
     """
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         image, text = _names(name)
-        return _load(name, image, text, place)
+        towers = _load(name, image, text, place)
+        towers.texts(["some", "more words"])  # not every text model can pad, or take tokens alone
+        return towers
     except UserError:
         raise
     except Exception as error:  # timm, transformers and the hub have no common base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import lzma
 import re
 import tarfile
 import zlib
@@ -14,7 +15,7 @@ from urllib.parse import urlparse
 from openclip_otco.errors import UserError
 
 # The errors of reading a torn shard, or a file that is not a shard.
-BROKEN = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error)
+BROKEN = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 # The pattern with which WebDataset splits a file's name into key and type.
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 
@@ -29,7 +30,9 @@ class File:
 
 
 def shard_samples(shard: str, flag: str = "--data") -> Iterator[tuple[str, list[File]]]:
-    """Key and files of each sample of a shard: files in a row with the same name up to the first dot, as in WebDataset.
+    """Key and files of each sample of a shard, as OpenCLIP reads them.
+
+    A sample is files in a row with the same name up to the first dot, each of another type.
 
     Args:
         shard: a path, a URL, or `pipe:` and a command; anything that WebDataset opens.
@@ -46,7 +49,8 @@ def shard_samples(shard: str, flag: str = "--data") -> Iterator[tuple[str, list[
                 of, kind = key_and_kind(member.name)
                 if of is None or not member.isreg():
                     continue
-                if of != key and files:
+                # A type that comes again begins a new sample, as in OpenCLIP: some shards of LAION repeat keys.
+                if files and (of != key or any(kind == file.kind for file in files)):
                     yield str(key), files
                     files = []
                 key = of

@@ -78,7 +78,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: something that was given cannot be used.
     """
+    if args.out is not None and not args.out.parent.is_dir():
+        raise UserError(f"--out {args.out}: cannot be written: there is no folder {args.out.parent}; make it first")
     found = evaluate(args)
+    print(page(found))
     if args.out is not None:
         from openclip_otco.files import write_text
 
@@ -86,7 +89,6 @@ def run(args: argparse.Namespace) -> int:
             write_text(args.out, json.dumps(found, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"--out {args.out}: cannot be written: {error.strerror}") from error
-    print(page(found))
     return OK
 
 

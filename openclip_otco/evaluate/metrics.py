@@ -1,5 +1,6 @@
 """Retrieval with any number of captions an image, as for Flickr8k, Flickr30k and COCO (Karpathy and Fei-Fei, 2015)."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,5 +41,5 @@ def retrieval(
     rsum = 100 * sum(metrics.values())
     for way, rank in found.items():
         metrics[f"{way}_mean_rank"] = rank.double().mean().item() + 1
-        metrics[f"{way}_median_rank"] = rank.median().item() + 1.0
+        metrics[f"{way}_median_rank"] = float(np.floor(np.median(rank.cpu().numpy()))) + 1  # as OpenCLIP has it
     return {**metrics, "rsum": rsum, "images": len(image_features), "texts": len(text_features)}

@@ -18,7 +18,7 @@ def read_lines(flag: str, path: Path) -> list[str]:
         UserError: names `flag`; the file cannot be read, or all lines are empty.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{flag} {path}: cannot be read: {error}") from error
     if not lines:

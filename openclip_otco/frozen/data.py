@@ -128,6 +128,7 @@ class TableData:
             raise RuntimeError(f"--frozen-features {self.folder}, {flag}: {error}") from error
         rows = {kind: table.find(torch.cat([getattr(each, kind) for each in pairs])) for kind, table in tables.items()}
         usable = (rows["image"] >= 0) & (rows["text"] >= 0)
+        self._check_equal_on_all_ranks(usable)
         if not usable.any():
             raise RuntimeError(f"{flag}: none of its {len(usable)} pairs can be read")
         table = PairTable(tables["image"], tables["text"], rows["image"][usable], rows["text"][usable])
@@ -136,6 +137,18 @@ class TableData:
             if left_out := len(usable) - len(table):
                 logging.warning(f"Frozen features: {left_out:,} pairs of {flag} cannot be decoded and are left out")
         return self._data_info(split, table, old)
+
+    def _check_equal_on_all_ranks(self, usable: Tensor) -> None:
+        # A disk that two machines share may show a file to one of them first. With other pairs, a rank would have other
+        # batches, and nobody would notice.
+        if self._group is None:
+            return
+        digests: list[Any] = [None] * self.args.world_size
+        dist.all_gather_object(digests, hashlib.sha256(usable.numpy().tobytes()).hexdigest(), group=self._group)
+        if len(set(digests)) > 1:
+            raise RuntimeError(
+                f"--frozen-features {self.folder}: ranks see different features there; start the training again"
+            )
 
     def _data_info(self, split: str, table: PairTable, old: DataInfo) -> DataInfo:
         args = self.args
