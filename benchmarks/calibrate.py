@@ -30,6 +30,7 @@ from tqdm import tqdm
 from openclip_otco.data import samples
 from openclip_otco.evaluate.metrics import retrieval
 from openclip_otco.evaluate.retriever import CalibratedRetriever, recoupled
+from openclip_otco.files import write_text
 from openclip_otco.models.folder import home
 from openclip_otco.runs import checkpoint
 from openclip_otco.runs.encoder import Encoder
@@ -169,6 +170,15 @@ def kept_cells(path: Path) -> set[Cell]:
     return found
 
 
+def drop_replaced(path: Path, checkpoints: dict[str, str]) -> None:
+    """Drops the lines of checkpoints that a run, by name, no longer has: it was trained anew."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        known = [(text, json.loads(text)) for text in lines]
+        stay = [text for text, line in known if checkpoints.get(line["run"]) in (None, line["checkpoint"])]
+        write_text(path, "".join(f"{text}\n" for text in stay))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the --out of the study")
@@ -180,10 +190,14 @@ def main() -> None:
     args = parser.parse_args()
     study = load(args.study)
     with_plans = {loss.name for loss in study.losses if loss.loss == "otco"}
+    digests = {
+        run.name: hashlib.sha256(run.checkpoint.read_bytes()).hexdigest()[:16] for run in runs(study, args.folder)
+    }
+    drop_replaced(args.jsonl, digests)
     done = kept_cells(args.jsonl)
     store = TowerStore(args.frozen_features, max(args.pairs))
     for run in tqdm(runs(study, args.folder), desc="runs", disable=None):
-        digest = hashlib.sha256(run.checkpoint.read_bytes()).hexdigest()[:16]
+        digest = digests[run.name]
         wanted = cells(run, digest, args.epsilon, args.pairs, run.loss in with_plans)
         if to_do := [cell for cell in wanted if cell not in done]:
             with args.jsonl.open("a", encoding="utf-8") as file:

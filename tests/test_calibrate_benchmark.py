@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calibrate import Cell, cells, kept_cells, with_zero_potentials
+from calibrate import Cell, cells, drop_replaced, kept_cells, with_zero_potentials
 from conftest import paired_features
 from scipy.special import logsumexp
 
@@ -55,3 +55,11 @@ def test_what_is_kept_is_not_done_again_unless_the_checkpoint_is_another(run: Ru
     path.write_text("".join(f"{json.dumps(line(cell))}\n" for cell in wanted[:-1]))
     assert [cell for cell in wanted if cell not in kept_cells(path)] == wanted[-1:]
     assert not {replace(cell, checkpoint="cd") for cell in wanted} & kept_cells(path)
+
+    # A run that was trained anew keeps no line of its old checkpoint; a run that is not here keeps all.
+    before = path.read_text()
+    drop_replaced(path, {run.name: "ab"})
+    drop_replaced(path, {"another": "ef"})
+    assert path.read_text() == before
+    drop_replaced(path, {run.name: "cd"})
+    assert path.read_text() == ""

@@ -1,6 +1,7 @@
 """`compare`: runs that resume, failures, kills, and what it reports; OpenCLIP itself is played by a script."""
 
 import asyncio
+import errno
 import json
 import re
 import signal
@@ -27,7 +28,7 @@ from study_fixtures import (
 
 from openclip_otco.errors import UserError
 from openclip_otco.study import compare, results
-from openclip_otco.study.run import RunFailed, runs
+from openclip_otco.study.run import Run, RunFailed, runs
 from openclip_otco.study.study_file import load
 
 
@@ -149,7 +150,7 @@ def test_exit_code_0_without_the_last_epoch_is_a_failure(home, monkeypatch):
     assert run(ONE_SEED) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_kill_leaves_a_state_that_resumes(home, number):
     Path("study.toml").write_text(ONE_SEED)
     with compare_in_a_process(FAKE_HANG="clean--otco--s0") as process:
@@ -200,6 +201,38 @@ def test_table_only(home, capsys):
     assert f"results.jsonl: has two different lines of {other['run']}; remove one" in capsys.readouterr().err
 
 
+def test_table_only_says_which_results_have_other_flags(home, capsys):
+    assert run(ONE_SEED) == 0
+    capsys.readouterr()
+    assert run(ONE_SEED, "--table-only") == 0
+    assert "warning" not in capsys.readouterr().err
+    assert run(ONE_SEED.replace("otco-confidence = 1.0", "otco-confidence = 2.0"), "--table-only") == 0
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning == "warning: 1 of the results have other flags than study.toml: clean--otco--s0"
+
+
+def test_an_output_folder_that_cannot_be_used_is_one_line(home, capsys):
+    Path("file").touch()
+    assert run(ONE_SEED, "--out", "file/below") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("openclip-otco compare: --out file/below: ")
+    assert line.endswith("make it writable, free space, or name another folder")
+
+
+def test_a_run_that_cannot_be_kept_does_not_stop_the_others(home, monkeypatch, capsys):
+    keep = Run._keep
+
+    def keep_or_fail(self, result):
+        if self.name == "clean--clip--s0":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        keep(self, result)
+
+    monkeypatch.setattr(Run, "_keep", keep_or_fail)
+    assert run(ONE_SEED) == 1
+    assert "clean--clip--s0 failed: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert [each.run for each in results.read(Path("runs/small/results.jsonl"))] == ["clean--otco--s0"]
+
+
 def test_unpatched_openclip_is_refused(home, monkeypatch, capfd):
     real = subprocess.run
 
@@ -220,6 +253,9 @@ def test_unpatched_openclip_is_refused(home, monkeypatch, capfd):
 def test_damaged_results_name_the_line(tmp_path):
     (tmp_path / "results.jsonl").write_text('{"run": "a"}\n')
     with pytest.raises(UserError, match="line 1 is no result"):
+        results.read(tmp_path / "results.jsonl")
+    (tmp_path / "results.jsonl").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"results\.jsonl: cannot be read: "):
         results.read(tmp_path / "results.jsonl")
 
 

@@ -12,6 +12,7 @@ from forks import PATIENCE
 from study_fixtures import ONE_SEED, STUDY, calls, compare_in_a_process, hanging, is_alive, run
 
 from openclip_otco.study import child, results
+from openclip_otco.study.jobs import stop_signals
 
 
 def test_jobs_run_at_once_and_share_the_cores(home, monkeypatch):
@@ -41,7 +42,7 @@ def test_a_failing_job_does_not_stop_the_others(home, monkeypatch, capsys):
     assert err.count("failed: exit code 3") == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_kill_stops_all_jobs(home, number):
     Path("study.toml").write_text(STUDY)
     names = ["clean--clip--s0", "clean--otco--s0"]
@@ -53,6 +54,17 @@ def test_a_kill_stops_all_jobs(home, number):
     assert "Traceback" not in err
     assert not any(map(is_alive, pids))
     assert sorted(calls()) == names
+
+
+def test_nohup_is_respected(monkeypatch):
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert stop_signals() == [signal.SIGINT, signal.SIGTERM]
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert stop_signals() == [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_zero_jobs_are_refused(home, capsys):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -143,6 +144,42 @@ def test_a_source_that_cannot_be_used_is_one_clear_error(
         stream.write("image2,stranger\n")
     with pytest.raises(UserError, match=r"mismatch-40\.csv names stranger"):
         flickr8k.write_train(source, tmp_path / "train", "mismatch-40")
+    (source / "mismatch-40.csv").write_text("image;captions\nimage0;image1\n")
+    with pytest.raises(UserError, match=r"mismatch-40\.csv cannot be used: it needs the columns key and caption_key"):
+        flickr8k.write_train(source, tmp_path / "train", "mismatch-40")
+    rows = "".join(f"image{number},image{(number + 1) % 7}\n" for number in range(7))
+    (source / "mismatch-40.csv").write_text(f"key,caption_key\n{rows}", encoding="utf-8-sig")
+    with pytest.raises(UserError, match=r"mismatch-40\.csv names all images, so matched-only leaves none"):
+        flickr8k.write_train(source, tmp_path / "train", "mismatch-40", matched_only=True)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"captions": []}', b'{"captions": [1]}'])
+def test_an_image_without_captions_is_named(source: Path, tmp_path: Path, content: bytes) -> None:
+    with TarWriter(str(source / "dev-0000.tar"), encoder=False) as writer:
+        writer.write({"__key__": "dev0", "jpg": b"dev0 as JPEG", "json": content})
+    with pytest.raises(UserError, match=r"dev-0000\.tar: dev0\.json must be"):
+        flickr8k.write_val(source, tmp_path / "val")
+
+
+def test_shards_of_another_flickr8k_are_not_taken(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting, out = DataSetting("noise-40", None, {}, Flickr8k(40)), tmp_path / "out"
+    monkeypatch.setenv(flickr8k.SOURCE, str(source))
+    shards.make(setting, out)
+    copied = shutil.copytree(source, tmp_path / "copy")
+    monkeypatch.setenv(flickr8k.SOURCE, str(copied))
+    shards.make(setting, out)  # the same data in another place
+    with (copied / "mismatch-40.csv").open("a") as stream:
+        stream.write("image2,image0\n")
+    with pytest.raises(UserError, match=r"was made from another Flickr8k than .*copy; name another --out"):
+        shards.make(setting, out)
+    # A torn note counts as none, and what a torn recipe belongs to is made again.
+    for folder in ("flickr8k-mismatch-40", "flickr8k-dev"):
+        (out / "data" / folder / "source.json").write_text("{")
+    (out / "data/flickr8k-mismatch-40/flickr8k.json").write_text("{")
+    shards.make(setting, out)
+    assert json.loads((out / "data/flickr8k-mismatch-40/flickr8k.json").read_text())["mismatch"] == 40
 
 
 def test_a_shard_that_lacks_a_file_or_is_torn_is_named(source: Path, tmp_path: Path) -> None:

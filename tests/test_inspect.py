@@ -98,7 +98,7 @@ def test_the_heat_map_has_every_sample_and_no_pair_twice(plan):
     block = heat_map_pairs(found, 24)
     assert len(block) == len(set(block)) <= 24
     near = {negative.index for sample in found for negative in (*sample.texts, *sample.images)}
-    assert set(block) <= near | {sample.index for sample in found}
+    assert {sample.index for sample in found} <= set(block) <= near | {sample.index for sample in found}
     assert block[0] == found[0].index
 
 

@@ -11,13 +11,14 @@ import pytest
 import scipy.stats
 
 from openclip_otco import cli
+from openclip_otco.errors import UserError
 from openclip_otco.runs.train_log import RECALLS
 from openclip_otco.study import page_figures, results, table
 from openclip_otco.study.page import TEMPLATE, page
 from openclip_otco.study.reliability import reliability_figure
 from openclip_otco.study.results import Result
+from openclip_otco.study.run import runs
 from openclip_otco.study.spread import Spread
-from openclip_otco.study.study import arguments
 from openclip_otco.study.study_file import load, shipped_studies
 from openclip_otco.study.study_results import StudyResults
 
@@ -99,13 +100,37 @@ def test_numbers_are_those_of_the_runs(folder: Path) -> None:
 
 def test_runs_of_other_flags_are_counted(folder: Path) -> None:
     study = load(STUDY)
-    (clip,) = (loss for loss in study.losses if loss.name == "clip")
-    flags = arguments({**study.flags, **clip.flags, "train-data": "a.tar", "seed": 3})
-    kept = [replace(result("clean", "clip", seed, 0.4), flags=flags) for seed in range(3)]
-    kept[1] = replace(kept[1], flags=[*flags[:-2], "--lr", "0.1"])
-    kept[2] = replace(kept[2], loss="otco")  # which has more flags
+    now = {run.name: list(run.flags) for run in runs(study, folder)}
+    kept = [replace(result("clean", "clip", seed, 0.4), flags=now[f"clean--clip--s{seed}"]) for seed in range(5)]
+    # Where the shards lie, and how many there are, is no matter.
+    kept[0] = replace(kept[0], flags=[*kept[0].flags, "--train-data", "a.tar", "--val-data", "b.tar"])
+    kept[1] = replace(kept[1], flags=[*kept[1].flags, "--lr", "0.1"])
+    kept[2] = replace(kept[2], flags=[*kept[2].flags, "--grad-checkpointing"])
+    kept[3] = replace(kept[3], flags=kept[3].flags[2:])
     results.write(folder / f"{STUDY}.jsonl", kept)
-    assert StudyResults.read(folder, STUDY).outdated == 2
+    assert StudyResults.read(folder, STUDY).outdated == 3
+
+
+def test_a_line_twice_is_one_run_and_strangers_are_none(folder: Path) -> None:
+    once = [result("clean", "clip", seed, 0.4 + seed / 100) for seed in range(3)]
+    results.write(folder / f"{STUDY}.jsonl", once)
+    expected = StudyResults.read(folder, STUDY)
+    results.write(folder / f"{STUDY}.jsonl", [*once, *once, replace(once[0], run="clean--nobody--s0", loss="nobody")])
+    found = StudyResults.read(folder, STUDY)
+    assert found.rsum("clean", "clip") == expected.rsum("clean", "clip")
+    assert (found.seeds("clean", "clip"), found.missing) == (3, expected.missing)
+    results.write(folder / f"{STUDY}.jsonl", [*once, replace(once[0], seconds=-1.0)])
+    with pytest.raises(UserError, match="has two different lines of clean--clip--s0; remove one"):
+        StudyResults.read(folder, STUDY)
+
+
+@pytest.mark.parametrize("name", shipped_studies())
+def test_shipped_studies_write_the_defaults_out(name: str) -> None:
+    """Else runs with the default of an earlier version would count as those of today."""
+    study = load(name)
+    for loss in study.losses:
+        if loss.loss == "otco":
+            assert {"otco-negatives", "otco-negative-power", "otco-trust", "otco-epsilon"} <= loss.flags.keys()
 
 
 def test_a_spread_as_text() -> None:
@@ -158,6 +183,8 @@ def test_without_all_captions_the_last_epoch_counts(folder: Path) -> None:
         ('{{ study("flickr8k-frozen").rsum("clean", "moco") }}', "flickr8k-frozen.jsonl has no run of moco on clean"),
         ('{{ study("flickr8k-near").rsum("mismatch-near-40", "clip") }}', "flickr8k-near.jsonl has no run"),
         ('{{ study("flickr8k-frozen").figure("noise") }}', "give --figures"),
+        ('{{ study("flickr8k-frozen").rsum("clean") }}', "page.md.jinja: TypeError: "),
+        ('{{ "%.1f" | format(study("flickr8k-frozen")) }}', "page.md.jinja: TypeError: "),
         ('{{ cost(study("flickr8k-frozen"), "clean") }}', "flickr8k-frozen-cost.png is missing; give --figures"),
     ],
 )
@@ -279,9 +306,11 @@ def test_lines_of_another_list(scores: Path) -> None:
         ('{{ lines("scores").where(score="none").spread("auroc") }}', "none of the lines asked for has auroc"),
         ('{{ reliability(lines("scores")) }}', "scores.jsonl: a reliability diagram needs lines with bins"),
         ('{{ reliability(lines("bins")) }}', "bins-reliability.png is missing; give --figures"),
+        ('{% set all = lines("scores") %}{{ all.ahead(all.where(score="cosine"), "auroc") }}',
+         "of the lines to compare have the same seed as another"),
         ('{{ lines("scores").one("auroc") }}', "7 of the lines asked for have auroc, and not one"),
     ],
-)
+)  # fmt: skip
 def test_lines_that_are_not_there(scores: Path, template: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     (scores / "broken.jsonl").write_text("{")
     (scores / "bins.jsonl").write_text(f"{json.dumps(BINS[1])}\n")
@@ -321,7 +350,7 @@ def test_the_committed_pages_are_those_that_the_runs_give(page_of: str, template
 
 
 # Runs of OTCO with the default of an earlier version, which wait to be made again; the pages say how many they are.
-OUTDATED = {"quickstart": 1, "scenes-baselines": 3, "scenes-recipe": 12, "step-cost": 2}
+OUTDATED = {"quickstart": 1, "scenes-baselines": 3, "scenes-recipe": 12, "step-cost": 2, "study-quick": 2}
 
 
 @pytest.mark.parametrize("name", [name for name in shipped_studies() if (RESULTS / f"{name}.jsonl").is_file()])

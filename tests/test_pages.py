@@ -163,6 +163,13 @@ def test_thinned_points_are_some_of_them_with_the_last(count):
     assert left[-1:] == tuple(points[-1:])
 
 
+@pytest.mark.parametrize("finite", [[0], [1], [0, 1], [900]])
+def test_a_run_that_diverged_early_has_its_chart(finite):
+    chart = Chart.of("t", "a", {"x": {step: 1.0 if step in finite else math.nan for step in range(1602)}})
+    assert chart is not None
+    assert f"1 at {finite[-1]}" in chart.summary() or f"1 at step {finite[-1]}" in chart.summary()
+
+
 def test_a_heat_map_has_a_cell_for_each_value_and_the_ends_of_the_scale():
     cells = heat([[0.0, 0.5], [2.0, 1.0]], [["a", "b"], ["c", "d"]], 0.0, 1.0)
     assert [(cell.row, cell.column, cell.title) for cell in cells] == [

@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import errno
 import importlib.util
 import multiprocessing
 import os
@@ -209,8 +210,18 @@ def test_read_only_folder(package: Path, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(Path, "open", read_only_open)
     assert cli.main(["patch", "--target", str(package), "--version", VERSION]) == 1
     error = capsys.readouterr().err
-    assert "Permission denied" in error
+    assert "Permission denied; nothing was changed: make it writable, or install into a virtual environment" in error
     assert error.count("\n") == 1
+    assert content(package) == before
+
+    def full(self: Path, mode: str = "r", *args: object, **kwargs: object) -> object:
+        if mode != "rb" and "open_clip_train" in self.parts:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return open_file(self, mode, *args, **kwargs)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Path, "open", full)
+    assert cli.main(["patch", "--target", str(package), "--version", VERSION]) == 1
+    assert "OpenCLIP's folder: No space left on device; nothing was changed: free some space" in capsys.readouterr().err
     assert content(package) == before
 
 

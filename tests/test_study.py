@@ -29,6 +29,12 @@ from openclip_otco.study.study_file import load
             'flags-of = "nobody"',
             "study.flags-of names a study that cannot be used: nobody: no such",
         ),
+        (
+            'note = "A note."',
+            'flags-of = "../nobody"',
+            "study.flags-of names a study that cannot be used: ../nobody: no such",
+        ),
+        ('train-data = "train.csv"', 'scenes = {mismatch = "0.4"}', "data.clean.scenes.mismatch must be a number"),
         ('note = "A note."', 'flags-of = "study"', "study.flags-of leads back to study.toml"),
         ("epochs = 3", "", "flags.epochs must be given"),
         ("epochs = 3", "epochs = 0", "flags.epochs must be given"),

@@ -40,6 +40,12 @@ def source_folder(given: str | None = None) -> Path:
     return folder
 
 
+def fingerprint(folder: Path) -> list[list[str | int]]:
+    """Names and sizes of the files of Flickr8k in `folder`: equal where a copy of it lies."""
+    files = [path for kind in ("*.tar", "mismatch-*.csv") for path in folder.glob(kind)]
+    return sorted([path.name, path.stat().st_size] for path in files)
+
+
 NO_MISMATCH = "mismatch-0"
 
 
@@ -67,6 +73,8 @@ def write_train(source: Path, folder: Path, mismatch: str = NO_MISMATCH, matched
         raise UserError(f"Flickr8k: {_list(source, mismatch)} names {strangers[0]}, which no train-*.tar holds")
     captions = {key: samples[donors.get(key, key)][1] for key in samples}
     keys = sorted(samples.keys() - donors.keys() if matched_only else samples)
+    if not keys:
+        raise UserError(f"Flickr8k: {_list(source, mismatch)} names all images, so matched-only leaves none")
     random.Random(VERSION).shuffle(keys)
     bounds = [len(keys) * part // _SHARDS_PER_CAPTION for part in range(_SHARDS_PER_CAPTION + 1)]
     folder.mkdir(parents=True)
@@ -112,14 +120,20 @@ def _samples(source: Path, split: str) -> Iterator[tuple[str, tuple[bytes, list[
     """Key, JPEG bytes and captions of each image.
 
     Raises:
-        UserError: a shard cannot be read, or a file of a sample is missing.
+        UserError: a shard cannot be read, or a file of a sample is missing or holds no captions.
     """
     for path in sorted(source.glob(f"{split}-*.tar")):
         for key, files in shard_samples(str(path), "Flickr8k"):
             content = {file.kind: file.content for file in files}
             if not {"jpg", "json"} <= content.keys():
                 raise UserError(f"Flickr8k: {path} lacks {key}.jpg or {key}.json; copy the shard anew")
-            yield key, (content["jpg"], json.loads(content["json"])["captions"])
+            try:
+                captions = json.loads(content["json"])["captions"]
+            except (ValueError, KeyError, TypeError):
+                captions = None
+            if not isinstance(captions, list) or not captions or not all(isinstance(each, str) for each in captions):
+                raise UserError(f'Flickr8k: {path}: {key}.json must be {{"captions": [TEXT, ...]}} with a text or more')
+            yield key, (content["jpg"], captions)
 
 
 def _list(source: Path, mismatch: str) -> Path:
@@ -132,8 +146,11 @@ def _donors(source: Path, mismatch: str) -> dict[str, str]:
     if not path.is_file():
         there = sorted(path.stem for path in source.glob("mismatch-*.csv"))
         raise UserError(f"Flickr8k: {path} is missing; there is {', '.join([NO_MISMATCH, *there])}")
-    with path.open(newline="", encoding="utf-8") as stream:
-        return {row["key"]: row["caption_key"] for row in csv.DictReader(stream)}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            return {row["key"]: row["caption_key"] for row in csv.DictReader(stream)}
+    except (KeyError, ValueError, csv.Error) as error:
+        raise UserError(f"Flickr8k: {path} cannot be used: it needs the columns key and caption_key") from error
 
 
 def _write_sizes(folder: Path, sizes: dict[str, int]) -> None:

@@ -149,9 +149,13 @@ def colour(share: float) -> str:
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """At most 800 of `points`, evenly spaced; the last one stays."""
-    stride = -(-len(points) // _MOST_POINTS)
-    return tuple(points[(len(points) - 1) % stride :: stride]) if stride else ()
+    """At most 800 of `points`, evenly spaced. The last one stays, and so does the last finite one: runs may diverge."""
+    if len(points) <= _MOST_POINTS:
+        return tuple(points)
+    stride = -(-len(points) // (_MOST_POINTS - 1))
+    last_finite = max((at for at, (_, value) in enumerate(points) if math.isfinite(value)), default=None)
+    stay = {*range((len(points) - 1) % stride, len(points), stride), *(() if last_finite is None else (last_finite,))}
+    return tuple(points[at] for at in sorted(stay))
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """`openclip-otco patch`: gives OpenCLIP's training script its plugin point, and takes it away again."""
 
 import argparse
+import errno
 import sys
 from pathlib import Path
 
@@ -29,11 +30,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"openclip-otco patch: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(
-            f"openclip-otco patch: {error.filename}: {error.strerror}; nothing was changed: make that folder writable, "
-            "or install into a virtual environment of your own",
-            file=sys.stderr,
-        )
+        where = error.filename or "OpenCLIP's folder"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        cure = "free some space" if full else "make it writable, or install into a virtual environment of your own"
+        print(f"openclip-otco patch: {where}: {error.strerror}; nothing was changed: {cure}", file=sys.stderr)
         return 1
     goal = "unpatched" if args.revert else "patched"
     if not changed:

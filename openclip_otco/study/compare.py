@@ -14,10 +14,10 @@ from typing import Any
 from openclip_otco.errors import UserError
 from openclip_otco.runs.arguments import positive
 from openclip_otco.study import look, results, shards
-from openclip_otco.study.jobs import run_all
+from openclip_otco.study.jobs import run_all, stop_signals
 from openclip_otco.study.lock import locked
 from openclip_otco.study.results import Result
-from openclip_otco.study.run import OPEN_CLIP, Run, run_name, runs
+from openclip_otco.study.run import OPEN_CLIP, Run, run_names, runs
 from openclip_otco.study.study import Study
 from openclip_otco.study.study_file import load, shipped_studies
 
@@ -49,21 +49,26 @@ def run(args: argparse.Namespace, trainer: Sequence[str] = OPEN_CLIP) -> int:
         The exit code: 0, 1 if a run failed, 130 if stopped by Ctrl-C.
 
     Raises:
-        UserError: the study cannot be used.
+        UserError: the study or the output folder cannot be used.
     """
+    study = load(args.study)
+    out = args.out or Path("runs") / study.name
     try:
-        study = load(args.study)
-        out = args.out or Path("runs") / study.name
         if args.dry_run:
             print("\n".join(commands(study, out, trainer)))
             return OK
         if args.table_only:
-            report(study, out, _results_of_study(study, out / "results.jsonl"))
+            found = results.read_named(out / "results.jsonl", run_names(study))
+            if warning := _warning_of_other_flags(study, out, found):
+                print(warning, file=sys.stderr)
+            report(study, out, found)
             return OK
         if study.needs_patch and trainer == OPEN_CLIP:
             check_patched(study)
         with _stopped_by_signals():
             return compare(study, out, trainer, args.jobs)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error}; make it writable, free space, or name another folder") from error
     except KeyboardInterrupt:
         print("openclip-otco compare: stopped; finished runs are kept; run it again to go on", file=sys.stderr)
         return STOPPED
@@ -170,20 +175,15 @@ def _warning_of_other_versions(kept: Iterable[Result]) -> str | None:
     return f"warning: {len(other)} of the kept runs were made with {which}: {', '.join(other)}"
 
 
-def _results_of_study(study: Study, path: Path) -> list[Result]:
-    """The results in `path` of the runs of `study`, each once: a line that stands there twice is one result.
-
-    Raises:
-        UserError: two different lines are of one run.
-    """
-    names = {
-        run_name(data.name, loss.name, seed) for data in study.data for loss in study.losses for seed in study.seeds
-    }
-    found: dict[str, Result] = {}
-    for result in results.read(path):
-        if result.run in names and found.setdefault(result.run, result) != result:
-            raise UserError(f"{path}: has two different lines of {result.run}; remove one")
-    return list(found.values())
+def _warning_of_other_flags(study: Study, out: Path, found: Iterable[Result]) -> str | None:
+    """A line that names the results made with other flags than the study has now; None without such results."""
+    now = {each.name: each for each in runs(study, out)}
+    other = [
+        each.run for each in found if (each.flags, each.scenes) != (list(now[each.run].flags), now[each.run].scenes)
+    ]
+    if not other:
+        return None
+    return f"warning: {len(other)} of the results have other flags than {study.source}: {', '.join(other)}"
 
 
 def _portable(source: str) -> str:
@@ -194,7 +194,7 @@ def _portable(source: str) -> str:
 
 @contextlib.contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """Let SIGTERM stop the command as Ctrl-C does, and SIGINT too, even where a shell had let it be ignored."""
+    """Let the `stop_signals` stop the command as Ctrl-C does, SIGINT even where a shell had let it be ignored."""
 
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -202,7 +202,7 @@ def _stopped_by_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in stop_signals()}
     try:
         yield
     finally:

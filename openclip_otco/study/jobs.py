@@ -67,13 +67,23 @@ class _Work:
             self.progress.start(run)
             try:
                 result = await run.execute(lambda line: self.progress.watch(run, line), self.trainer, self.launcher)
+                self.keep(run, result)
             except RunFailed as error:
                 self.failed.append(run.name)
                 tail = "\n".join(f"  {line}" for line in error.tail)
                 self.progress.end(run, f"{run.name} failed: {error}; its output ends with\n{tail}")
                 return
-        self.keep(run, result)
+            except OSError as error:  # a full disk must not stop the other runs
+                self.failed.append(run.name)
+                self.progress.end(run, f"{run.name} failed: {error}")
+                return
         self.progress.end(run, f"{run.name}: rsum {result.rsum_last:.1f}, best {result.rsum_best:.1f}")
+
+
+def stop_signals() -> list[signal.Signals]:
+    """The signals that stop a command and its runs: Ctrl-C, `kill`, and, without `nohup`, the end of the terminal."""
+    ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *(() if ignores_hangup else (signal.SIGHUP,))]
 
 
 def _threads(jobs: int) -> dict[str, str]:
@@ -86,13 +96,13 @@ def _threads(jobs: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _cancelled_by_signals() -> Iterator[None]:
-    """Let SIGINT and SIGTERM cancel the present task. An exception in the midst of the loop would leave it broken."""
+    """Let the `stop_signals` cancel the present task. An exception in the midst of the loop would leave it broken."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in stop_signals()}
     for number in before:
         loop.add_signal_handler(number, task.cancel)
     try:

@@ -71,7 +71,15 @@ class Measurements:
         return Spread.of([float(value) for value in self.of(name)])
 
     def ahead(self, other: Measurements, name: str, by: str = "seed") -> Spread:
-        """Mean and interval of the difference to `other` in the values under `name`, paired by those under `by`."""
+        """Mean and interval of the difference to `other` in the values under `name`, paired by those under `by`.
+
+        Raises:
+            UserError: nothing can be paired, or a value under `by` comes twice in one of the lists.
+        """
+        for each in (self, other):
+            keys = [line[by] for line in each.all if name in line]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                raise UserError(f"{self.path}: {len(twice)} of the lines to compare have the same {by} as another")
         bases = {each[by]: each[name] for each in other.all if name in each}
         found = [each[name] - bases[each[by]] for each in self.all if name in each and each[by] in bases]
         if not found:

@@ -89,6 +89,10 @@ def page(folder: Path, figures: bool = False, template: str = TEMPLATE) -> str:
     except jinja2.TemplateError as error:
         line = getattr(error, "lineno", None)
         raise UserError(f"{path}{f', line {line}' if line else ''}: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # a template may ask for anything, and each mistake has an error of its own
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from error
     return _NOTE.format(template=f"{folder.name}/{template}") + text
 
 

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -91,14 +91,31 @@ def read(path: Path) -> list[Result]:
     """The results in `path`, empty if there is no such file.
 
     Raises:
-        UserError: a line that is no result.
+        UserError: the file cannot be read, or a line is no result.
     """
     if not path.is_file():
         return []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
     results = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, text in enumerate(lines, 1):
         try:
             results.append(parse(text))
         except ValueError as error:
             raise UserError(f"{path}: line {number} is no result: {error}") from error
     return results
+
+
+def read_named(path: Path, names: Collection[str]) -> list[Result]:
+    """The results in `path` of the runs with these names, each once: equal lines are one result.
+
+    Raises:
+        UserError: as `read`, or two different lines are of one run.
+    """
+    found: dict[str, Result] = {}
+    for result in read(path):
+        if result.run in names and found.setdefault(result.run, result) != result:
+            raise UserError(f"{path}: has two different lines of {result.run}; remove one")
+    return list(found.values())

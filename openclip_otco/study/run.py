@@ -198,6 +198,13 @@ def run_name(data: str, loss: str, seed: int) -> str:
     return f"{data}--{loss}--s{seed}"
 
 
+def run_names(study: Study) -> set[str]:
+    """The names of all runs of `study`."""
+    return {
+        run_name(data.name, loss.name, seed) for data in study.data for loss in study.losses for seed in study.seeds
+    }
+
+
 def runs(study: Study, out: Path) -> list[Run]:
     """The runs of `study`. All losses of a seed come before the next seed, so that early results can be compared."""
     return [

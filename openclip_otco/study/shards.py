@@ -14,7 +14,7 @@ from openclip_otco.study.study import DataSetting, Flags, Flickr8k, arguments
 
 # Stands for the study's output folder in the flags of a run, so that they hold no path of a machine.
 OUT = "OUT"
-_SCENES, _FLICKR8K = "scenes.json", "flickr8k.json"
+_SCENES, _FLICKR8K, _SOURCE = "scenes.json", "flickr8k.json", "source.json"
 
 
 def in_folder(value: str, out: Path) -> str:
@@ -60,18 +60,22 @@ def make(setting: DataSetting, out: Path) -> None:
         train, val = _flickr8k_folders(setting, out)
         recipe = {"version": flickr8k.VERSION}
 
-        def source() -> Path:
-            return flickr8k.source_folder(wanted.folder)
+        def write_train(part: Path) -> None:
+            source = flickr8k.source_folder(wanted.folder)
+            flickr8k.write_train(source, part, wanted.list_name, wanted.matched_only)
+            _note_source(source, part)
+
+        def write_val(part: Path) -> None:
+            source = flickr8k.source_folder(wanted.folder)
+            flickr8k.write_val(source, part)
+            _note_source(source, part)
 
         try:
-            _make_once(
-                train,
-                _FLICKR8K,
-                {**recipe, **_mismatch_recipe(wanted)},
-                lambda part: flickr8k.write_train(source(), part, wanted.list_name, wanted.matched_only),
-                f"writing the shards of {key}",
-            )
-            _make_once(val, _FLICKR8K, recipe, lambda part: flickr8k.write_val(source(), part))
+            announcement = f"writing the shards of {key}"
+            _make_once(train, _FLICKR8K, {**recipe, **_mismatch_recipe(wanted)}, write_train, announcement)
+            _make_once(val, _FLICKR8K, recipe, write_val)
+            for folder in (train, val):
+                _check_source(wanted.folder, folder)
         except UserError as error:
             raise UserError(f"{key}: {error}") from error
 
@@ -79,7 +83,7 @@ def make(setting: DataSetting, out: Path) -> None:
 def _make_once(folder: Path, marker: str, recipe: Any, make: Callable[[Path], None], announcement: str = "") -> None:
     """Let `make` write `folder`, unless it is there and its `marker` file holds this `recipe`."""
     if (folder / marker).is_file():
-        if json.loads((folder / marker).read_text()) == recipe:
+        if _read_json(folder / marker) == recipe:
             return
         shutil.rmtree(folder)
     elif folder.exists():
@@ -93,6 +97,35 @@ def _make_once(folder: Path, marker: str, recipe: Any, make: Callable[[Path], No
     make(part)
     (part / marker).write_text(json.dumps(recipe))
     part.rename(folder)
+
+
+def _read_json(path: Path) -> Any:
+    """What the file holds; None if there is no such file, or it is torn."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _note_source(source: Path, folder: Path) -> None:
+    (folder / _SOURCE).write_text(json.dumps(flickr8k.fingerprint(source)), encoding="utf-8")
+
+
+def _check_source(given: str | None, folder: Path) -> None:
+    """Check that the shards in `folder` come from the Flickr8k that is named now, if one is.
+
+    Runs on other data would have the same flags, so that they would count as finished.
+
+    Raises:
+        UserError: they come from another one.
+    """
+    noted = _read_json(folder / _SOURCE)  # shards of an earlier version have no note
+    try:
+        source = flickr8k.source_folder(given)
+    except UserError:
+        return  # the shards are there, and nothing more is needed
+    if noted is not None and noted != flickr8k.fingerprint(source):
+        raise UserError(f"{folder} was made from another Flickr8k than {source}; name another --out")
 
 
 def _render(setting: DataSetting, folder: Path) -> None:

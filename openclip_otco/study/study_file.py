@@ -103,7 +103,7 @@ class _Reader:
     def flags_of(self, head: dict[str, Any]) -> Flags:
         """The flags of the study that `study.flags-of` names: a file in the folder of this one, or a shipped study."""
         name = self.text(head, "study.", "flags-of")
-        neighbour = Path(self.source).with_name(f"{name}.toml")
+        neighbour = Path(self.source).parent / f"{name}.toml"
         wanted = str(neighbour) if Path(self.source).is_file() and neighbour.is_file() else name
         if wanted in self.readers:
             raise self.error("study.flags-of", f"leads back to {wanted}")
@@ -118,6 +118,8 @@ class _Reader:
         scenes = None
         if "scenes" in table:
             scenes = self.flags(self.table(table, "scenes", where), f"{where}scenes.", reserved=frozenset())
+            if type(scenes.get("mismatch", 0)) not in (int, float):  # the tables and pictures read it
+                raise self.error(f"{where}scenes.mismatch", "must be a number from 0 to 1")
         flickr8k = None
         if "flickr8k" in table:
             flickr8k = self.flickr8k(self.table(table, "flickr8k", where), f"{where}flickr8k.")

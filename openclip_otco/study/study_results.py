@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openclip_otco.errors import UserError
-from openclip_otco.study import results, table
+from openclip_otco.study import results, shards, table
 from openclip_otco.study.results import Result
+from openclip_otco.study.run import run_names, runs
 from openclip_otco.study.spread import Spread
-from openclip_otco.study.study import Study, arguments
+from openclip_otco.study.study import Study
 from openclip_otco.study.study_file import load
 
 
@@ -39,19 +40,19 @@ class StudyResults:
     @classmethod
     def read(cls, folder: Path, name: str, figures: bool = False) -> StudyResults:
         """The study of that name, and its runs in `folder/NAME.jsonl`."""
-        return cls(load(name), results.read(folder / f"{name}.jsonl"), folder, figures)
+        study = load(name)
+        return cls(study, results.read_named(folder / f"{name}.jsonl", run_names(study)), folder, figures)
 
     @property
     def missing(self) -> int:
         """Number of the study's runs that are not kept."""
-        return len(self.study.data) * len(self.study.losses) * len(self.study.seeds) - len(self.kept)
+        return len(run_names(self.study) - {run.run for run in self.kept})
 
     @property
     def outdated(self) -> int:
         """Number of kept runs whose flags are not those of the present study; flags of the data are not compared."""
-        flags = {loss.name: {**self.study.flags, **loss.selection, **loss.flags} for loss in self.study.losses}
-        wanted = {name: _by_flag(arguments(of_loss)) for name, of_loss in flags.items()}
-        return sum(not wanted.get(run.loss, {}).items() <= _by_flag(run.flags).items() for run in self.kept)
+        now = {run.name: _without_data(run.flags) for run in runs(self.study, Path(shards.OUT))}
+        return sum(_without_data(run.flags) != now[run.run] for run in self.kept)
 
     def table(self) -> str:
         """The table of recalls and their sums."""
@@ -153,8 +154,8 @@ class StudyResults:
         return pairs
 
 
-def _by_flag(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The values of each flag of a command line."""
+def _without_data(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The values of each flag of a command line, but for the shards: their names are known only where they lie."""
     found: dict[str, list[str]] = {}
     flag = ""
     for word in words:
@@ -163,4 +164,4 @@ def _by_flag(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
             found[flag] = []
         else:
             found.setdefault(flag, []).append(word)
-    return {flag: tuple(values) for flag, values in found.items()}
+    return {flag: tuple(values) for flag, values in found.items() if flag not in ("--train-data", "--val-data")}
