@@ -349,9 +349,9 @@ def test_rcl_is_its_formula(n: int, scale: float, seed: int) -> None:
     expected = torch.zeros((), dtype=torch.float64)
     for logits in (scale * v64 @ t64.T, scale * t64 @ v64.T):
         # 1 - p_ij is the sum of the other shares: nothing cancels.
-        shares = logits.softmax(1)
-        rest = torch.stack([shares[:, torch.arange(n) != j].sum(1) for j in range(n)], dim=1)
-        expected = expected - (rest.clamp_min(1e-6).log() * others).sum(1).mean() / 2
+        log_p = logits.log_softmax(1)
+        rest = torch.stack([log_p[:, torch.arange(n) != j].logsumexp(1) for j in range(n)], dim=1)
+        expected = expected - torch.where(others, rest, 0.0).sum(1).mean() / 2
     torch.testing.assert_close(losses["complementary_loss"].double(), expected, rtol=1e-3, atol=1e-5)
     expected.backward()
     bound = 1e-2 * float(v64.grad.abs().max()) + 1e-5
@@ -365,6 +365,16 @@ def test_rcl_stays_finite_where_a_negative_takes_all() -> None:
     assert torch.isfinite(loss)
     assert torch.isfinite(v.grad).all()
     assert loss.item() > 5
+    # This is the caption that matters most: it must be pushed away.
+    assert v.grad.abs().max() > 1
+
+
+def test_rcl_of_a_pair_alone_is_zero() -> None:
+    v, t = (x.requires_grad_() for x in paired_features(1))
+    loss = RCLLoss()(v, t, SCALE)
+    loss.backward()
+    assert loss.item() == 0
+    assert not v.grad.any()
 
 
 def test_a_nan_in_the_batch_is_left_to_the_training_loop() -> None:

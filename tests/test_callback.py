@@ -219,6 +219,28 @@ def test_a_resumed_run_goes_on_as_one_that_was_not_stopped():
     assert resumed.made == straight.made
 
 
+@pytest.mark.parametrize("step", [7, 14, 28, 5000])
+def test_a_run_that_counts_its_steps_otherwise_takes_the_plans_at_their_age(caplog, step):
+    """OpenCLIP counts steps from the epoch, so that half the batch size doubles them."""
+    first = make_callback(warmup=0)
+    first.on_train_start(step=0, total_steps=40)
+    train(first, range(14))
+    ages = [14 - made for made in first.cache]
+    resumed = make_callback(warmup=0)
+    with caplog.at_level(logging.WARNING):
+        resumed.on_load_checkpoint(first.on_save_checkpoint())
+        resumed.on_train_start(step=step, total_steps=10_000)
+        assert [step - made for made in resumed.cache] == ages
+        train(resumed, range(step, step + 2))
+    assert resumed.exchange.newest is not None
+    assert caplog.text == ""
+    # And once more, from what this run has saved.
+    again = make_callback(warmup=0)
+    again.on_load_checkpoint(resumed.on_save_checkpoint())
+    again.on_train_start(step=step + 2, total_steps=10_000)
+    assert list(again.cache) == list(resumed.cache)
+
+
 def test_a_plain_checkpoint_resumes_with_an_empty_cache_and_one_line(caplog):
     callback = make_callback()
     with caplog.at_level(logging.INFO):

@@ -98,6 +98,12 @@ def _break(patch, failing, step, hook):
         patch.setattr(owner, name, fail)
 
 
+def uneven(group):
+    """Potentials of a problem whose parts are not all of one size."""
+    result = sinkhorn(CosineCost(*paired_features(33, seed=2)), 0.1, tol=1e-5, group=group)
+    return result.f, result.g
+
+
 def join(rank, world, folder):
     """The group of gloo ranks that this one belongs to."""
     torch.set_num_threads(1)
@@ -122,6 +128,9 @@ def _rank(rank, world, folder):
     cost, a, b = problem()
     candidates = [torch.zeros(150), result.g, torch.randn(150, generator=torch.Generator().manual_seed(1))]
     out["nearest"] = nearest_potentials(cost, candidates, 0.3, a, b, group=group)
+    # Of two ranks, the first has a part of as many entries, and the other one of more.
+    cost_module.DENSE_ENTRIES = 33 * 16
+    out["uneven"] = uneven(group)
     cost_module.DENSE_ENTRIES = POTENTIALS["kept"]
     out["plans"] = [plan.state_dict() for plan in plans(group)]
     out["digests"] = [plan.digest() for plan in plans(group)]
@@ -167,6 +176,13 @@ def test_sharded_potentials_are_those_of_one_process(ranks, monkeypatch, path, e
         assert value == pytest.approx(alone.value, abs=2e-5)
         assert torch.equal(f, ranks[0][f"{path}-{epsilon}-{start}"][0])
         assert torch.equal(g, ranks[0][f"{path}-{epsilon}-{start}"][1])
+
+
+def test_parts_of_different_sizes_are_solved_in_one_way(ranks):
+    for potentials in (rank["uneven"] for rank in ranks):
+        for ours, alone, first in zip(potentials, uneven(ALONE), ranks[0]["uneven"], strict=True):
+            torch.testing.assert_close(ours, alone, atol=1e-4, rtol=0)
+            assert torch.equal(ours, first)
 
 
 def test_without_an_initial_plan_each_rank_makes_its_parts_alone(ranks):

@@ -23,6 +23,7 @@ from openclip_otco.method.loss import TRUSTS
 from openclip_otco.method.posterior import matched_share
 from openclip_otco.method.solver import COUPLINGS
 from openclip_otco.method.weights import log_negative_weights, tempered
+from openclip_otco.ot import sinkhorn_divergence
 
 SCALE = torch.tensor(14.2857)
 
@@ -343,6 +344,8 @@ def test_divergence_is_added_with_its_weight():
     assert not torch.equal(v_grad, clip_grad)
     losses = loss(images, texts, SCALE, output_dict=True)
     assert set(losses) == {"contrastive_loss", "divergence_loss"}
+    expected = 0.5 * sinkhorn_divergence(images, texts, loss.epsilon)
+    torch.testing.assert_close(losses["divergence_loss"], expected, rtol=1e-6, atol=0)
 
 
 def test_a_nan_in_the_batch_is_left_to_the_training_loop(plan):
@@ -480,9 +483,34 @@ def test_accumulated_batches_equal_the_large_one(plan, accum, negatives):
 
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), SETTINGS)
 def test_the_divergence_reaches_the_features_of_every_rank(ranks, local_loss, gather_with_grad):
-    for rank in ranks:
-        ours, clip = (rank[f"{name}-{local_loss}-{gather_with_grad}"] for name in ("divergence", "clip"))
-        assert all(not torch.equal(ours[index], clip[index]) for index in (0, 1, 2))
+    features = [x.requires_grad_() for x in paired_features(64, seed=2)]
+    expected = 2.0 * sinkhorn_divergence(*features)
+    expected.backward()
+    names = [f"{name}-{local_loss}-{gather_with_grad}" for name in ("divergence", "clip")]
+    added = [[ours - clip for ours, clip in zip(*map(rank.get, names), strict=True)] for rank in ranks]
+    for each in added:
+        torch.testing.assert_close(each[0], expected.detach(), rtol=1e-4, atol=0)
+    # As with the contrastive term: what DDP divides by the number of ranks stands here times this number, but for
+    # OpenCLIP's global loss without gathered gradients, in which each rank has the gradient of its rows once.
+    share = 1 / len(ranks) if local_loss or gather_with_grad else 1
+    for index, of_one in enumerate((x.grad for x in features), start=1):
+        together = torch.cat([each[index] for each in added]) * share
+        torch.testing.assert_close(together, of_one, rtol=0, atol=1e-3 * float(of_one.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"trust": "share", "negatives": "plan"}, {"transport_weight": 0.5, "negatives": "similarity"}]
+)
+def test_compiled_the_loss_has_no_graph_breaks(plan, options):
+    """As ClipLoss: OpenCLIP 4 compiles the loss together with the model."""
+    loss = OTCOLoss(**options)
+    loss.exchange.keeps_features = True
+    loss.exchange.set_plans([plan], plan)
+    images, texts = paired_features(16)
+    for each in (ClipLoss(), loss):
+        torch._dynamo.reset()
+        found = torch._dynamo.explain(each)(images, texts, SCALE, output_dict=True)
+        assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
 
 
 def test_no_batch_is_kept_that_nobody_takes():

@@ -17,7 +17,8 @@ from openclip_otco.train.training_callback import PlanWriter, TrainingCallback
 
 
 class MomentumCallback(TrainingCallback):
-    """Updates the momentum encoders, and MoCo's queue where there is one. Both are equal on all ranks, and are saved.
+    """Updates the momentum encoders, and MoCo's queue where there is one. The weights and the queue are equal on all
+    ranks, and are saved.
 
     Args:
         name: of the loss; key of the state in the checkpoint.

@@ -70,6 +70,8 @@ class BaselinesPlugin:
         for flag in ("torchscript", "trace"):
             if getattr(args, flag, False):  # OpenCLIP 4 has them no longer
                 end(parser, f"argument --{flag}: not supported by --loss {args.loss}, which hooks into the model")
+        if _momentum(args) is not None and getattr(args, "fsdp", False):  # a flag of OpenCLIP 4
+            end(parser, f"argument --fsdp: not supported by --loss {args.loss}, which keeps a copy of the model")
         # An update moves a weight by the share 1 - m of a difference only; half precision would round this to nothing.
         if _momentum(args) is not None and args.precision in ("fp16", "bf16", "pure_fp16", "pure_bf16"):
             end(parser, f"argument --precision: --loss {args.loss} averages weights in float32; use amp or amp_bf16")

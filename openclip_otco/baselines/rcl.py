@@ -6,9 +6,6 @@ import torch
 from open_clip.loss import ClipLoss
 from torch import Tensor
 
-# The logarithm of a probability is kept this far from 0: in float32 the gradient of log(1 - p) would not be finite.
-_LEAST = 1e-6
-
 
 class RCLLoss(ClipLoss):
     """Negatives are pushed away, and no pair is pulled together (Hu, Huang, Peng, Wang, Peng, *Cross-Modal Retrieval
@@ -59,5 +56,10 @@ class RCLLoss(ClipLoss):
 def _complementary(logits: Tensor, labels: Tensor) -> Tensor:
     """`-mean_i Σ_{j≠i} log(1 - p_ij)` of `(B, n)` logits."""
     log_p = logits.float().log_softmax(dim=1)
-    log_rest = torch.log(-torch.expm1(log_p.clamp(max=-_LEAST)))
+    if log_p.shape[1] < 2:
+        return log_p.sum() * 0  # no negatives
+    # Of the largest share `1 - p` is the sum of the others, in which nothing cancels. The others are at most a half.
+    largest = log_p.argmax(dim=1, keepdim=True)
+    others = log_p.scatter(1, largest, -torch.inf)
+    log_rest = torch.log1p(-others.exp()).scatter(1, largest, others.logsumexp(dim=1, keepdim=True))
     return -log_rest.scatter(1, labels[:, None], 0.0).sum(dim=1).mean()

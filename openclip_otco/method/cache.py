@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,6 +57,14 @@ class PlanCache:
         """Drops the plans of earlier steps."""
         for old in [at for at in self._plans if at < step]:
             del self._plans[old]
+
+    def shift(self, steps: int) -> None:
+        """Counts the steps of all plans anew, `steps` later; ages stay."""
+        plans = [replace(plan, step=plan.step + steps) for plan in self._plans.values()] if steps else []
+        for plan in plans:
+            del self._plans[plan.step - steps]
+        for plan in plans:
+            self.add(plan)
 
     def clear(self) -> None:
         """Takes all plans out."""

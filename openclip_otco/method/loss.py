@@ -199,16 +199,21 @@ class OTCOLoss(ClipLoss):
 
     def _divergence(self, local: Features, everyone: Features) -> Tensor:
         """`S_ε` between all images and all texts."""
-        if self.world_size > 1 and self.local_loss and not self.gather_with_grad:
+        local_rows_alone = self.world_size > 1 and self.local_loss and not self.gather_with_grad
+        if local_rows_alone:
             # In this case the gathered rows have no gradient. This rank's own rows, which have one, replace its part.
             images, texts = ([*x.chunk(self.world_size)] for x in everyone)
             images[self.rank], texts[self.rank] = local
             everyone = Features(torch.cat(images), torch.cat(texts))
-        total = everyone.images.sum() + everyone.texts.sum()
+        total = everyone.images.float().sum() + everyone.texts.float().sum()
         if not bool(torch.isfinite(total)):
             return total * torch.nan  # the training loop has to notice it, as with ClipLoss
         with torch.autocast(total.device.type, enabled=False):
-            return sinkhorn_divergence(everyone.images.float(), everyone.texts.float(), self.epsilon)
+            value = sinkhorn_divergence(everyone.images.float(), everyone.texts.float(), self.epsilon)
+        if local_rows_alone:
+            # DDP divides by the number of ranks. The contrastive term makes up for it, as its mean is over local rows.
+            value = value + (self.world_size - 1) * (value - value.detach())
+        return value
 
     def _ask(self, local: Features) -> Asked | None:
         """What the newest plan says of the global batch, as far as it is used; `None` without a plan."""

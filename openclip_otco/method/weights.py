@@ -43,7 +43,7 @@ def log_negative_weights(similarity: Tensor, own: Tensor, power: float, bonus: T
     if columns < 2:
         return similarity.new_zeros(rows, columns)
     with torch.no_grad():
-        # In float32: a power of 20 would multiply the rounding error of half precision by 20.
+        # In float32: in half precision a power of 20 would be rounded once more.
         weights = power * similarity.float()
         if bonus is not None:
             weights += power * bonus

@@ -205,13 +205,18 @@ def as_cost(cost: CostLike) -> Cost:
     return cost
 
 
-def as_matrix_if_small(cost: Cost) -> Cost:
+def as_matrix_if_small(cost: Cost, entries: int | None = None) -> Cost:
     """The cost as a matrix, if it has no more than `DENSE_ENTRIES` entries; else the cost itself.
 
     The matrix is worth its memory to a solver that reads the cost many times.
+
+    Args:
+        cost: the cost.
+        entries: a number of entries that decides in the place of the cost's own.
     """
     n, m = cost.shape
-    return cost if isinstance(cost, DenseCost) or n * m > DENSE_ENTRIES else DenseCost(all_rows(cost))
+    small = (n * m if entries is None else entries) <= DENSE_ENTRIES
+    return DenseCost(all_rows(cost)) if small and not isinstance(cost, DenseCost) else cost
 
 
 class RememberedParts:

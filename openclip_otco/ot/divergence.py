@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from openclip_otco.ot.cost import CosineCost, Cost, tiles
+from openclip_otco.ot.cost import CosineCost, Cost, full_precision, tiles
 from openclip_otco.ot.defaults import EPSILON
 from openclip_otco.ot.marginals import marginals
 from openclip_otco.ot.sinkhorn import sinkhorn
@@ -47,6 +47,7 @@ def sinkhorn_divergence(
     return terms[0] - (terms[1] + terms[2]) / 2
 
 
+@full_precision
 def entropic_value(
     x: Tensor,
     y: Tensor,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from openclip_otco.ot.cost import CostLike, all_rows, as_cost, as_matrix_if_small, cost_range
+from openclip_otco.ot.cost import CostLike, all_rows, as_cost, as_matrix_if_small, cost_range, full_precision
 from openclip_otco.ot.marginals import marginals
 from openclip_otco.ot.sparse_plan import SparsePlan, certified
 
 
+@full_precision
 def exact_plan(
     cost: CostLike, a: Tensor | None = None, b: Tensor | None = None, max_iterations: int = 1_000_000
 ) -> SparsePlan:

@@ -210,7 +210,9 @@ def _first_half_step(
 ) -> tuple[KernelHalfSteps | StreamedHalfSteps, Tensor]:
     """How to make half-steps for this cost, and the `f`, `(n,)`, that makes the rows exact under `g`, `(m,)`."""
     own_columns, own_rows = group.part(cost.shape[1]), group.part(cost.shape[0])
-    part = as_matrix_if_small(cost.restricted(slice(None), own_columns) if group.count > 1 else cost)
+    part = cost.restricted(slice(None), own_columns) if group.count > 1 else cost
+    # The largest part decides for all: processes that made half-steps of different kinds would wait for each other.
+    part = as_matrix_if_small(part, cost.shape[0] * math.ceil(cost.shape[1] / group.count))
     if isinstance(part, DenseCost):
         kernel = KernelHalfSteps(part, g[own_columns], epsilon, a, b[own_columns], group)
         return kernel, kernel.exact_rows(g[own_columns])

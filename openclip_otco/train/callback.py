@@ -72,12 +72,17 @@ class PlanCacheCallback(TrainingCallback):
         self.skipped = 0
         self.steps = 0
         self.acted = 0  # steps in which plans changed the loss
+        self._next_step: int | None = None  # as the run counted that has saved the plans
         self._failure: Exception | None = None
 
     def on_train_start(self, *, step: int, total_steps: int, writer: PlanWriter | None = None) -> None:
         """Called once with the first step to run and the number of all steps."""
         self.warmup_steps = math.ceil(self.warmup * total_steps)
         self.log.start(step)
+        if self._next_step is not None:
+            # OpenCLIP counts steps from the epoch: with another batch size or number of ranks, it goes on elsewhere.
+            self.cache.shift(step - self._next_step)
+        self._next_step = step
         self._set_plans(step)
         if step < total_steps:
             self._warn_of_idle_plans(step, total_steps)
@@ -93,6 +98,7 @@ class PlanCacheCallback(TrainingCallback):
     ) -> None:
         """Called after each optimizer step; after every `Δ` steps, a plan is made of their features."""
         self.steps += 1
+        self._next_step = step + 1
         self.acted += self.exchange.plans_acted
         self._feed(step)
         try:
@@ -126,6 +132,7 @@ class PlanCacheCallback(TrainingCallback):
             "skipped": self.skipped,
             "steps": self.steps,
             "acted": self.acted,
+            "next_step": self._next_step,
         }
 
     def on_load_checkpoint(self, state: Mapping[str, Any] | None) -> None:
@@ -140,6 +147,7 @@ class PlanCacheCallback(TrainingCallback):
             self.cache.clear()
             self.window.clear()
             self.made = self.skipped = self.steps = self.acted = 0
+            self._next_step = None
             usable = "not usable" if group.count == 1 else "not usable on all ranks"
             reason = f"{type(error).__name__}: {error}"
             self.log.warning(f"=> OTCO state in the checkpoint is {usable}, starting with an empty one. {reason}")
@@ -156,9 +164,11 @@ class PlanCacheCallback(TrainingCallback):
             made, skipped = int(state["made"]), int(state["skipped"])
             # Older checkpoints do not have these.
             steps, acted = int(state.get("steps", 0)), int(state.get("acted", 0))
+            next_step = None if state.get("next_step") is None else int(state["next_step"])
             self.cache.load_state_dict(state["cache"], self.device)
             self.window.load_state_dict(state["window"], self.device)
             self.made, self.skipped, self.steps, self.acted = made, skipped, steps, acted
+            self._next_step = next_step
             digest = self.cache.digest() + self.window.digest()
         # 48 bits: a float64, which ranks can send to each other, holds them exactly.
         number = int(hashlib.sha256(digest.encode()).hexdigest()[:12], 16)

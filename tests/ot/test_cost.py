@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from openclip_otco.ot import CosineCost, DenseCost, combinatorial_plan, exact_plan, sinkhorn
+from openclip_otco.ot import CosineCost, DenseCost, combinatorial_plan, exact_plan, sinkhorn, sinkhorn_divergence
 from openclip_otco.ot import cost as cost_module
 from openclip_otco.ot.cost import all_rows, as_cost, cost_range, tiles
 from openclip_otco.ot.marginals import marginals
@@ -55,7 +55,18 @@ def test_solvers_leave_the_matrix_alone(solve, n, m):
     assert torch.equal(matrix, before)
 
 
-@pytest.mark.parametrize("solve", [combinatorial_plan, sinkhorn], ids=lambda f: f.__name__)
+def test_autocast_outside_does_not_reach_the_gradient_of_the_divergence():
+    gradients = []
+    for inside in (False, True):
+        x, y = (unit(30, 16, seed, torch.float32).requires_grad_() for seed in (1, 2))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            value = sinkhorn_divergence(x, y)
+        value.backward()
+        gradients.append((value.detach(), x.grad, y.grad))
+    assert all(torch.equal(outside, within) for outside, within in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("solve", [combinatorial_plan, exact_plan, sinkhorn], ids=lambda f: f.__name__)
 def test_autocast_outside_does_not_reach_the_numbers(solve):
     cost = CosineCost(unit(30, 16, 1, torch.float32), unit(30, 16, 2, torch.float32))
     plain = solve(cost)
