@@ -450,6 +450,8 @@ def test_every_loss_parses_with_its_defaults(loss: str) -> None:
         ("otter", (), {"distill_model": "ViT-B-32"}, "otter does not distill"),
         ("moco", (), {"precision": "pure_bf16"}, "--precision: --loss moco averages weights in float32"),
         ("simclr", (), {"torchscript": True}, "--torchscript: not supported by --loss simclr"),
+        ("moco", (), {"fsdp": True}, "--fsdp: not supported by --loss moco, which keeps a copy of the model"),
+        ("otter", (), {"fsdp": True}, "--fsdp: not supported by --loss otter, which keeps a copy of the model"),
     ],
 )
 def test_what_cannot_train_ends_with_one_line_and_code_2(
@@ -463,9 +465,10 @@ def test_what_cannot_train_ends_with_one_line_and_code_2(
     assert error.count("\n") == 1
 
 
-def test_half_precision_is_refused_only_where_weights_are_averaged() -> None:
-    parse("--otter-momentum", "0", loss="otter", precision="bf16")
-    parse(loss="simclr", precision="bf16")
+def test_half_precision_and_fsdp_are_refused_only_where_weights_are_averaged() -> None:
+    for open_clip_args in ({"precision": "bf16"}, {"fsdp": True}):
+        parse("--otter-momentum", "0", loss="otter", **open_clip_args)
+        parse(loss="simclr", **open_clip_args)
 
 
 def test_a_flag_of_another_loss_is_warned_of() -> None:
