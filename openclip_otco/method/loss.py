@@ -205,7 +205,7 @@ class OTCOLoss(ClipLoss):
             images, texts = ([*x.chunk(self.world_size)] for x in everyone)
             images[self.rank], texts[self.rank] = local
             everyone = Features(torch.cat(images), torch.cat(texts))
-        total = everyone.images.float().sum() + everyone.texts.float().sum()
+        total = everyone.images.sum(dtype=torch.float32) + everyone.texts.sum(dtype=torch.float32)  # fp16 overflows
         if not bool(torch.isfinite(total)):
             return total * torch.nan  # the training loop has to notice it, as with ClipLoss
         with torch.autocast(total.device.type, enabled=False):
