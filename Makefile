@@ -52,11 +52,12 @@ test-openclip-main: install
 	$(call need,OPENCLIP,a clone of OpenCLIP at its main)
 	OPENCLIP=$(abspath $(OPENCLIP)) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_openclip_main.py
 
-# The runs of docs/compatibility.md. What has a line in runs/compatibility is not run again.
+# The runs of docs/compatibility.md. What has a line in runs/compatibility is not run again. OPENCLIP names a clone of
+# OpenCLIP; without one the cells of its main are not run.
 COMPATIBILITY := runs/compatibility
 versions: install
 	@mkdir -p $(COMPATIBILITY)
-	$(BIN)/python benchmarks/versions.py $(COMPATIBILITY)/versions.jsonl
+	$(BIN)/python benchmarks/versions.py $(COMPATIBILITY)/versions.jsonl $(if $(OPENCLIP),--openclip $(OPENCLIP))
 
 # OPENCLIP names a clone of OpenCLIP, whose own tests are run.
 compatibility: install

@@ -1,15 +1,21 @@
 """Which versions of Python, torch and OpenCLIP the package works with: each cell is an installation and a run of tests.
 
-`python benchmarks/versions.py FILE.jsonl [--cells N]`. A cell makes a virtual environment in a temporary folder,
-installs the last commit of this checkout there with the cell's versions, patches OpenCLIP by `openclip-otco patch`, and
-runs tests that touch every seam to torch and OpenCLIP, training by OpenCLIP's script among them. The tests lie in a
-folder without the package, so that they see what was installed. All is taken away before the next cell begins.
+`python benchmarks/versions.py FILE.jsonl [--cells N] [--openclip CLONE]`. A cell makes a virtual environment in a
+temporary folder, installs the last commit of this checkout there with the cell's versions, patches OpenCLIP by
+`openclip-otco patch`, and runs tests that touch every seam to torch and OpenCLIP, training by OpenCLIP's script among
+them. The tests lie in a folder without the package, so that they see what was installed. All is taken away before the
+next cell begins.
 
-Python is looked for on PATH, as `python3.11`. A cell needs about 8 GB of disk and 5 to 10 minutes. Its line is added to
-FILE.jsonl at once, and a cell that has one is not run again. Its keys: the cell's `python`, `torch` and
-`open_clip_torch`; `outcome` (passed, failed, or not run); `passed`, `failed`, `skipped` (numbers of tests); `failures`
-(their names); `skips` (the reasons); `commit`; and the versions that were there, as `torch_version`. An installation
-that fails leaves no line, as the network may be to blame.
+A version of OpenCLIP that is a commit of its main (`installation.COMMITS`) is not on PyPI, and is taken from a clone of
+OpenCLIP. Its cell runs `tests/test_openclip_main.py`, which compares that commit with the newest release, so that the
+release is installed there.
+
+Python is looked for on PATH, as `python3.11`. A cell whose Python or clone is missing is not run. A cell needs about
+8 GB of disk and 5 to 10 minutes. Its line is added to FILE.jsonl at once, and a cell that has one is not run again. Its
+keys: the cell's `python`, `torch` and `open_clip_torch`; `outcome` (passed, failed, or not run); `passed`, `failed`,
+`skipped` (numbers of tests); `failures` (their names); `skips` (the reasons); `commit` of this package; and the
+versions that were installed, as `torch_version`. An installation that fails leaves no line, as the network may be to
+blame.
 """
 
 from __future__ import annotations
@@ -28,6 +34,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from openclip_otco.patch import installation
+
 ROOT = Path(__file__).parents[1]
 TESTS = (
     "tests/ot/test_sinkhorn.py",
@@ -40,6 +48,7 @@ TESTS = (
     "tests/test_training.py::test_plans_are_made_logged_and_saved",
     "tests/test_training.py::test_resumes_into_and_out_of_otco",
 )
+MAIN_TESTS = ("tests/test_openclip_main.py",)
 # What those tests, and tests/conftest.py, import beside the package.
 TEST_PACKAGES = (
     "pytest",
@@ -70,7 +79,17 @@ class Cell:
     @property
     def constraints(self) -> str:
         """For pip, a line each."""
-        return "\n".join((f"torch=={self.torch}", f"open_clip_torch=={self.open_clip_torch}", *self.others, ""))
+        openclip = () if self.commit else (f"open_clip_torch=={self.open_clip_torch}",)
+        return "\n".join((f"torch=={self.torch}", *openclip, *self.others, ""))
+
+    @property
+    def commit(self) -> str | None:
+        """OpenCLIP's commit, where the version is not a release."""
+        return installation.COMMITS.get(self.open_clip_torch)
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        return MAIN_TESTS if self.commit else TESTS
 
 
 # Not the full cross: each version at least once, the lower bounds of setup.cfg together, and the newest together.
@@ -81,6 +100,8 @@ CELLS = (
     Cell("3.11", "2.15.0", "3.2.0"),
     Cell("3.13", "2.6.0", "3.3.0"),
     Cell("3.14", "2.15.0", "3.3.0"),
+    Cell("3.11", "2.6.0", "4.2.0.dev0"),
+    Cell("3.14", "2.15.0", "4.2.0.dev0"),
 )
 
 
@@ -88,13 +109,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("jsonl", metavar="FILE.jsonl", type=Path)
     parser.add_argument("--cells", type=int, metavar="N", help="run the first N cells that are left, not all of them")
+    parser.add_argument("--openclip", metavar="CLONE", type=Path, help="a clone of OpenCLIP, for the cells of its main")
     args = parser.parse_args()
     # A SIGTERM, too, takes the temporary folder away.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     kept = read_lines(args.jsonl)
     for cell in cells_left(CELLS, kept)[: args.cells]:
         print(f"\n== {cell.key}", flush=True)
-        line = cell.key | (measured(cell) if shutil.which(f"python{cell.python}") else not_run(cell))
+        reason = reason_not_to_run(cell, args.openclip)
+        line = cell.key | ({"outcome": "not run", "reason": reason} if reason else measured(cell, args.openclip))
         # A second start without that Python has nothing new to tell.
         if line not in kept:
             with args.jsonl.open("a", encoding="utf-8") as file:
@@ -108,20 +131,25 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def cells_left(cells: Iterable[Cell], kept: list[dict[str, Any]]) -> list[Cell]:
-    """The cells that have no line of a run; a cell whose Python was missing is tried again."""
+    """The cells that have no line of a run; a cell that could not be run is tried again."""
     done = [line for line in kept if line["outcome"] != "not run"]
     return [cell for cell in cells if not any(cell.key.items() <= line.items() for line in done)]
 
 
-def not_run(cell: Cell) -> dict[str, Any]:
-    return {"outcome": "not run", "reason": f"no python{cell.python} here"}
+def reason_not_to_run(cell: Cell, clone: Path | None) -> str | None:
+    """What the cell needs and this machine lacks."""
+    if not shutil.which(f"python{cell.python}"):
+        return f"no python{cell.python} here"
+    if cell.commit and not clone:
+        return "--openclip names no clone of OpenCLIP"
+    return None
 
 
-def measured(cell: Cell) -> dict[str, Any]:
+def measured(cell: Cell, clone: Path | None) -> dict[str, Any]:
     """Installs the cell, runs the tests, and returns the rest of its line.
 
     Raises:
-        SystemExit: the installation failed, or pytest ended without a report.
+        SystemExit: the clone lacks the cell's commit, the installation failed, or pytest ended without a report.
     """
     with tempfile.TemporaryDirectory(prefix="versions-") as name:
         folder = Path(name)
@@ -129,7 +157,10 @@ def measured(cell: Cell) -> dict[str, Any]:
         environment = environment_of(folder)
         (folder / "tmp").mkdir()
         (folder / "constraints.txt").write_text(cell.constraints, encoding="utf-8")
-        commit = write_last_commit(folder / "source")
+        commit = write_commit(ROOT, "HEAD", folder / "source")
+        if cell.commit and clone:
+            write_commit(clone, cell.commit, folder / "openclip")
+            environment["OPENCLIP"] = str(folder / "openclip")
 
         def step(*words: str | Path) -> str:
             return checked(words, folder, environment)
@@ -140,7 +171,7 @@ def measured(cell: Cell) -> dict[str, Any]:
         step(folder / "venv" / "bin" / "openclip-otco", "patch")
         suite = write_suite(folder / "source", folder / "suite")
         report = folder / "report.xml"
-        words = [python, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", f"--junitxml={report}", *TESTS]
+        words = [python, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", f"--junitxml={report}", *cell.tests]
         subprocess.run(words, cwd=suite, env=environment, check=False)
         if not report.is_file():
             raise SystemExit("pytest ended without a report; its last lines stand above")
@@ -182,12 +213,18 @@ def checked(words: Iterable[str | Path], folder: Path, environment: dict[str, st
     return done.stdout
 
 
-def write_last_commit(folder: Path) -> str:
-    """Writes the files of the checkout's last commit, and returns its short name."""
+def write_commit(repository: Path, commit: str, folder: Path) -> str:
+    """Writes the files of a repository's commit, and returns its short name.
+
+    Raises:
+        SystemExit: the repository has no such commit.
+    """
+    words = ["git", "rev-parse", "--verify", "--short", f"{commit}^{{commit}}"]
+    name = checked(words, repository, dict(os.environ)).strip()
     folder.mkdir()
-    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, check=True, capture_output=True).stdout
+    archive = subprocess.run(["git", "archive", commit], cwd=repository, check=True, capture_output=True).stdout
     subprocess.run(["tar", "-x"], cwd=folder, check=True, input=archive)
-    return checked(["git", "rev-parse", "--short", "HEAD"], ROOT, dict(os.environ)).strip()
+    return name
 
 
 def write_suite(source: Path, suite: Path) -> Path:

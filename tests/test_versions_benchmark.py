@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import versions
-from versions import CELLS, TESTS, Cell, cells_left, outcomes, read_lines
+from versions import CELLS, Cell, cells_left, outcomes, read_lines, reason_not_to_run, write_commit
+
+from openclip_otco.patch import installation
 
 ROOT = Path(__file__).parents[1]
 SUITE = """
@@ -46,8 +48,8 @@ def test_the_first_cell_has_the_lower_bounds(options: configparser.SectionProxy)
 
 
 def test_the_second_cell_has_the_newest_that_was_run(options: configparser.SectionProxy) -> None:
-    # The last cell is that of the newest Python, for which no interpreter was there.
-    *run, last = CELLS
+    # The last cell of a release is that of the newest Python, for which no interpreter was there.
+    *run, last = [cell for cell in CELLS if not cell.commit]
     assert last.key | {"python": run[1].python} == run[1].key
     for name in ("python", "torch", "open_clip_torch"):
         assert getattr(run[1], name) == max((getattr(cell, name) for cell in run), key=_padded)
@@ -56,9 +58,45 @@ def test_the_second_cell_has_the_newest_that_was_run(options: configparser.Secti
 
 def test_cells_differ_and_their_tests_are_there() -> None:
     assert len({tuple(cell.key.values()) for cell in CELLS}) == len(CELLS)
-    for test in TESTS:
+    for test in {test for cell in CELLS for test in cell.tests}:
         file, _, name = test.partition("::")
         assert f"def {name}" in (ROOT / file).read_text(encoding="utf-8")
+
+
+def test_openclip_s_main_runs_with_the_oldest_and_the_newest() -> None:
+    main = [cell for cell in CELLS if cell.commit]
+    assert {cell.open_clip_torch for cell in main} == set(installation.COMMITS)
+    for name in ("python", "torch"):
+        every = sorted({getattr(cell, name) for cell in CELLS}, key=_padded)
+        assert {getattr(cell, name) for cell in main} == {every[0], every[-1]}
+
+
+def test_a_cell_of_openclip_s_main_needs_a_clone(tmp_path: Path) -> None:
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    (main,) = installation.COMMITS
+    assert reason_not_to_run(Cell(here, "2.6.0", "3.3.0"), None) is None
+    assert reason_not_to_run(Cell(here, "2.6.0", main), tmp_path) is None
+    assert reason_not_to_run(Cell(here, "2.6.0", main), None) == "--openclip names no clone of OpenCLIP"
+    # pip looks for releases alone.
+    assert Cell(here, "2.6.0", main).constraints == "torch==2.6.0\n"
+
+
+def test_a_clone_without_the_commit_is_refused(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "file").write_text("first")
+    git("add", "file")
+    git("commit", "-m", "first")
+    (tmp_path / "file").write_text("later")
+    written = tmp_path / "written"
+    assert write_commit(tmp_path, "HEAD", written)
+    assert (written / "file").read_text() == "first"
+    (commit,) = installation.COMMITS.values()
+    with pytest.raises(SystemExit, match=commit):
+        write_commit(tmp_path, commit, tmp_path / "other")
 
 
 def test_outcomes_are_those_that_pytest_prints(tmp_path: Path) -> None:
@@ -85,7 +123,7 @@ def test_a_second_start_runs_what_is_left(tmp_path: Path, monkeypatch: pytest.Mo
     here, missing = Cell(f"{sys.version_info.major}.{sys.version_info.minor}", "2.6.0", "3.2.0"), Cell("9.9", "3", "4")
     begun: list[Cell] = []
 
-    def measured(cell: Cell) -> dict[str, str]:
+    def measured(cell: Cell, clone: Path | None) -> dict[str, str]:
         begun.append(cell)
         return {"outcome": "failed"}
 
