@@ -10,16 +10,16 @@ minimizes
 
     Σ_ij σ_ij C_ij + λ Σ_ijkl σ_ij σ_kl (K_ik - L_jl)² - ε H(σ).
 
-`K` and `L` are `exp(5 cos)` of the frozen towers' features, centred and divided by their standard deviation. The frozen
+`K` and `L` are `exp(k cos)` of the frozen towers' features, centred and divided by their standard deviation. The frozen
 towers are unimodal and saw no training, so that they are evidence of their own. A solution σ is the entropic plan of
 the costs `C_ij + 2 λ Σ_kl σ_kl (K_ik - L_jl)²`. The costs of a pair outside the window follow from its similarities to
 the window, and its density follows from the c-transforms, as for the plan.
 
 A window holds one caption of each of its pictures, and the pairs that are asked about are of other pictures. A line of
-the output is a mean over windows, for one λ; at λ = 0 the fused plan is the plan:
+the output is a mean over windows, for one `k` (`sharpness`) and one λ (`strength`); at λ = 0 the fused plan is the plan:
 
 - `inside`, `outside`: AUROC of wrong pairs by the density, of the window's own pairs and of others;
-- `witness`: AUROC outside by the second witness of `evidence.py`; `density_and_witness`: by the sum of it and the
+- `witness`: AUROC outside by the second witness of `evidence.py`, with `k` = 5; `density_and_witness`: by the sum of it and the
   plan's density;
 - `rematched` of `rematchable`: among wrongly captioned images of the window whose own caption is there, the share for
   which it is the plan's first choice among other pairs' captions;
@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -49,16 +50,17 @@ from openclip_otco.method.solver import PlanSolver
 from openclip_otco.models.folder import home
 from openclip_otco.runs import checkpoint
 
-SHARPNESS = 5.0
-STRENGTHS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3)
+WITNESS_SHARPNESS = 5.0
+SHARPNESS = (1.0, 5.0)
+STRENGTHS = (0.0, 0.01, 0.03, 0.1, 0.3)
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Structure:
     """Similarities within one tower, to the points of a window, on the scale of the window's own."""
 
-    def __init__(self, window: torch.Tensor) -> None:
-        self.window = window.double()
+    def __init__(self, window: torch.Tensor, sharpness: float) -> None:
+        self.window, self.sharpness = window.double(), sharpness
         kernel = self._kernel(self.window)
         self.means, self.mean = kernel.mean(1), kernel.mean()
         self.spread = self._centred(kernel).std()
@@ -68,7 +70,7 @@ class Structure:
         return (self._centred(self._kernel(points.double())) / self.spread).numpy()
 
     def _kernel(self, points: torch.Tensor) -> torch.Tensor:
-        return (SHARPNESS * F.normalize(points, dim=1) @ F.normalize(self.window, dim=1).T).exp()
+        return (self.sharpness * F.normalize(points, dim=1) @ F.normalize(self.window, dim=1).T).exp()
 
     def _centred(self, kernel: torch.Tensor) -> torch.Tensor:
         return kernel - kernel.mean(1, keepdim=True) - self.means + self.mean
@@ -89,14 +91,14 @@ class FusedPlan:
         self.plan, log = ot.gromov.entropic_fused_gromov_wasserstein(
             # POT has (1 - α) C and α times the structure: all costs, and so ε, are divided by 1 + λ.
             costs, images, texts, uniform, uniform, "square_loss", epsilon / (1 + strength), symmetric=True,
-            alpha=strength / (1 + strength), max_iter=200, tol=1e-7, log=True, numItermax=5000, stopThr=1e-6,
+            alpha=strength / (1 + strength), max_iter=100, tol=1e-6, warmstart=True, log=True, numItermax=100, stopThr=1e-5,
         )  # fmt: skip
         # POT looks at the error in the first step and in every tenth one after it.
         self.steps = 10 * len(log["err"]) - 9
         self.costs = costs + self.weight * structure_costs(images, texts, self.plan)
         # In logarithms: the structure can make the range of the costs too large for a kernel.
         _, log = ot.sinkhorn(
-            uniform, uniform, self.costs, epsilon, method="sinkhorn_log", numItermax=2000, stopThr=1e-5, log=True
+            uniform, uniform, self.costs, epsilon, method="sinkhorn_log", numItermax=300, stopThr=1e-4, log=True
         )
         shift = epsilon * np.log(len(costs))
         self.f, self.g = epsilon * log["log_u"] + shift, epsilon * log["log_v"] + shift
@@ -132,7 +134,7 @@ def structure_costs(images: Matrix, texts: Matrix, plan: Matrix) -> Matrix:
 
 
 def ask(pairs: Pairs, size: int, epsilon: float, seed: int) -> Iterator[dict[str, float]]:
-    """A line for each λ."""
+    """A line for each `k` and λ."""
     order = torch.randperm(len(pairs.image), generator=torch.Generator().manual_seed(seed))
     # One caption of each picture, the first in this order.
     _, first = np.unique(pairs.image[order].numpy(), return_index=True)
@@ -142,9 +144,6 @@ def ask(pairs: Pairs, size: int, epsilon: float, seed: int) -> Iterator[dict[str
     costs = (1 - v[window] @ t[window].T).numpy()
     to_texts, to_images = (1 - v[asked] @ t[window].T).numpy(), (1 - t[asked] @ v[window].T).numpy()
     own = (1 - (v[asked] * t[asked]).sum(1)).numpy()
-    image, text = Structure(pairs.image_towers[window]), Structure(pairs.text_towers[window])
-    inside = image(pairs.image_towers[window]), text(pairs.text_towers[window])
-    outside = image(pairs.image_towers[asked]), text(pairs.text_towers[asked])
     wrong = pairs.wrong.tolist()
     wrong_inside, wrong_outside = ([wrong[i] for i in part.tolist()] for part in (window, asked))
     matched = (pairs.image[window][:, None] == pairs.caption[window]).numpy()
@@ -153,15 +152,19 @@ def ask(pairs: Pairs, size: int, epsilon: float, seed: int) -> Iterator[dict[str
     begin = time.perf_counter()
     alone = PlanSolver(epsilon=epsilon).solve(pairs.images[window], pairs.texts[window])
     seconds_alone = time.perf_counter() - begin
-    second = witness(pairs, window, asked, SHARPNESS)
+    second = witness(pairs, window, asked, WITNESS_SHARPNESS)
     both = standardized(alone.log_mass(pairs.images[asked], pairs.texts[asked])) + WEIGHT * standardized(second)
-    for strength in STRENGTHS:
+    for sharpness, strength in itertools.product(SHARPNESS, STRENGTHS):
+        image, text = (Structure(side[window], sharpness) for side in (pairs.image_towers, pairs.text_towers))
+        inside = image(pairs.image_towers[window]), text(pairs.text_towers[window])
+        outside = image(pairs.image_towers[asked]), text(pairs.text_towers[asked])
         begin = time.perf_counter()
         fused = FusedPlan(costs, *inside, strength, epsilon)
         seconds = time.perf_counter() - begin
         density = fused.log_density()
         choice = np.where(np.eye(size, dtype=bool), -np.inf, density).argmax(1)
         yield {
+            "sharpness": sharpness,
             "strength": strength,
             "inside": auroc(np.diag(density).tolist(), wrong_inside),
             "outside": auroc(fused.log_mass(to_texts, to_images, own, *outside).tolist(), wrong_outside),

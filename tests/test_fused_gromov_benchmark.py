@@ -21,7 +21,7 @@ def test_structure_costs_are_those_of_the_definition() -> None:
 
 def test_structures_are_centred_and_on_one_scale() -> None:
     points = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
-    structure = Structure(points)
+    structure = Structure(points, 5.0)
     inside = structure(points)
     np.testing.assert_allclose(inside, inside.T, atol=1e-12)
     np.testing.assert_allclose(inside.mean(1), 0, atol=1e-12)
@@ -36,7 +36,7 @@ def test_the_density_outside_is_that_inside(strength: float) -> None:
     v = F.normalize(torch.randn(96, 16), dim=1)
     t = F.normalize(v + torch.randn(96, 16) / 8, dim=1)
     costs = (1 - v.double() @ t.double().T).numpy()
-    images, texts = Structure(v), Structure(t)
+    images, texts = Structure(v, 1.0), Structure(t, 1.0)
     fused = FusedPlan(costs, images(v), texts(t), strength, 0.1)
     density = fused.log_density()
     # A plan's density has mean 1 in each row and column.
