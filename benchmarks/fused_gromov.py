@@ -16,11 +16,12 @@ the costs `C_ij + 2 λ Σ_kl σ_kl (K_ik - L_jl)²`. The costs of a pair outside
 the window, and its density follows from the c-transforms, as for the plan.
 
 A window holds one caption of each of its pictures, and the pairs that are asked about are of other pictures. A line of
-the output is a mean over windows, for one `k` (`sharpness`) and one λ (`strength`); at λ = 0 the fused plan is the plan:
+the output is a mean over windows, for one `k` (`sharpness`) and one λ (`strength`); at λ = 0 the fused plan is the
+plan:
 
 - `inside`, `outside`: AUROC of wrong pairs by the density, of the window's own pairs and of others;
-- `witness`: AUROC outside by the second witness of `evidence.py`, with `k` = 5; `density_and_witness`: by the sum of it and the
-  plan's density;
+- `witness`: AUROC outside by the second witness of `evidence.py` (`k` = 5); `density_and_witness`: by the sum of it and
+  the plan's density;
 - `rematched` of `rematchable`: among wrongly captioned images of the window whose own caption is there, the share for
   which it is the plan's first choice among other pairs' captions;
 - `steps`: Sinkhorn problems that POT solved for the fused plan, `slower`: its time by that of the package's plan.
@@ -91,7 +92,8 @@ class FusedPlan:
         self.plan, log = ot.gromov.entropic_fused_gromov_wasserstein(
             # POT has (1 - α) C and α times the structure: all costs, and so ε, are divided by 1 + λ.
             costs, images, texts, uniform, uniform, "square_loss", epsilon / (1 + strength), symmetric=True,
-            alpha=strength / (1 + strength), max_iter=100, tol=1e-6, warmstart=True, log=True, numItermax=100, stopThr=1e-5,
+            alpha=strength / (1 + strength), max_iter=100, tol=1e-6, warmstart=True, log=True,
+            numItermax=100, stopThr=1e-5,
         )  # fmt: skip
         # POT looks at the error in the first step and in every tenth one after it.
         self.steps = 10 * len(log["err"]) - 9

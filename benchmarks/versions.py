@@ -159,7 +159,7 @@ def measured(cell: Cell, clone: Path | None) -> dict[str, Any]:
         (folder / "constraints.txt").write_text(cell.constraints, encoding="utf-8")
         commit = write_commit(ROOT, "HEAD", folder / "source")
         if cell.commit and clone:
-            write_commit(clone, cell.commit, folder / "openclip")
+            write_commit(clone, cell.commit, folder / "openclip", "src")
             environment["OPENCLIP"] = str(folder / "openclip")
 
         def step(*words: str | Path) -> str:
@@ -213,8 +213,8 @@ def checked(words: Iterable[str | Path], folder: Path, environment: dict[str, st
     return done.stdout
 
 
-def write_commit(repository: Path, commit: str, folder: Path) -> str:
-    """Writes the files of a repository's commit, and returns its short name.
+def write_commit(repository: Path, commit: str, folder: Path, *paths: str) -> str:
+    """Writes the files of a repository's commit, those under `paths` or else all, and returns its short name.
 
     Raises:
         SystemExit: the repository has no such commit.
@@ -222,7 +222,7 @@ def write_commit(repository: Path, commit: str, folder: Path) -> str:
     words = ["git", "rev-parse", "--verify", "--short", f"{commit}^{{commit}}"]
     name = checked(words, repository, dict(os.environ)).strip()
     folder.mkdir()
-    archive = subprocess.run(["git", "archive", commit], cwd=repository, check=True, capture_output=True).stdout
+    archive = subprocess.run(["git", "archive", commit, *paths], cwd=repository, check=True, capture_output=True).stdout
     subprocess.run(["tar", "-x"], cwd=folder, check=True, input=archive)
     return name
 

@@ -88,12 +88,16 @@ def test_a_clone_without_the_commit_is_refused(tmp_path: Path) -> None:
 
     git("init")
     (tmp_path / "file").write_text("first")
-    git("add", "file")
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/part").write_text("a part")
+    git("add", ".")
     git("commit", "-m", "first")
     (tmp_path / "file").write_text("later")
     written = tmp_path / "written"
     assert write_commit(tmp_path, "HEAD", written)
     assert (written / "file").read_text() == "first"
+    assert write_commit(tmp_path, "HEAD", tmp_path / "part", "src")
+    assert [path.name for path in (tmp_path / "part").rglob("*")] == ["src", "part"]
     (commit,) = installation.COMMITS.values()
     with pytest.raises(SystemExit, match=commit):
         write_commit(tmp_path, commit, tmp_path / "other")
