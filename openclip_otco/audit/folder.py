@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from openclip_otco.audit import table
 from openclip_otco.audit.pairs import Cursor
 from openclip_otco.audit.two_groups import WrongShare
-from openclip_otco.errors import UserError
+from openclip_otco.errors import UserError, first_line
 from openclip_otco.files import locked, remove_partial, write_text
 
 # Goes up whenever the same settings begin to give other parts.
@@ -80,8 +80,7 @@ class AuditFolder:
         except Timeout:
             raise UserError(f"--out {self.path}: another audit is at work in it; wait for its end") from None
         except (OSError, duckdb.Error) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(f"--out {self.path}: cannot be used: {reason}") from error
+            raise UserError(f"--out {self.path}: cannot be used: {first_line(error)}") from error
 
     def _claim(self, state: dict[str, Any]) -> None:
         found = self._state()

@@ -15,8 +15,7 @@ from torch import Tensor
 from openclip_otco.audit.encoder import PairEncoder
 from openclip_otco.audit.source import RawSample, Source
 from openclip_otco.data import samples
-from openclip_otco.data.shard import last_line
-from openclip_otco.errors import UserError
+from openclip_otco.errors import UserError, last_line
 from openclip_otco.pages.thumbnail import thumbnail
 
 T = TypeVar("T")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from openclip_otco.data import samples
-from openclip_otco.data.shard import is_local, last_line, shard_samples
-from openclip_otco.errors import UserError
+from openclip_otco.data.shard import is_local, shard_samples
+from openclip_otco.errors import UserError, last_line
 
 # OpenCLIP's `--dataset-type auto` takes files with these endings for CSV files, too.
 CSV_ENDINGS = (".csv", ".tsv")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openclip_otco.errors import UserError
+from openclip_otco.errors import UserError, first_line
 
 # Longer captions are cut, as OpenCLIP cuts them.
 _TOKENS = 77
@@ -86,10 +86,9 @@ def load_towers(name: str, device: str | None = None) -> UnimodalTowers:
     except UserError:
         raise
     except Exception as error:  # timm, transformers and the hub have no common base
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"--towers {name}: cannot be loaded: {reason} (give a model of this package that has pretrained towers, "
-            "EfficientNet-Lite0-MiniLM-L6, or IMAGE+TEXT: a timm model, and a Hugging Face model or its folder)"
+            f"--towers {name}: cannot be loaded: {first_line(error)} (give a model of this package that has pretrained "
+            "towers, EfficientNet-Lite0-MiniLM-L6, or IMAGE+TEXT: a timm model, and a Hugging Face model or its folder)"
         ) from error
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from openclip_otco.data.shard import BROKEN, is_local, key_and_kind, last_line, shard_samples
-from openclip_otco.errors import UserError
+from openclip_otco.data.shard import BROKEN, is_local, key_and_kind, shard_samples
+from openclip_otco.errors import UserError, last_line
 
 # The image types that OpenCLIP reads, in its order of preference.
 IMAGE_TYPES = ("jpg", "png", "jpeg", "webp")

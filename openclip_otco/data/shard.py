@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import IO
 from urllib.parse import urlparse
 
-from openclip_otco.errors import UserError
+from openclip_otco.errors import UserError, last_line
 
 # The errors of reading a torn shard, or a file that is not a shard.
 BROKEN = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
@@ -72,12 +72,6 @@ def key_and_kind(name: str) -> tuple[str | None, str]:
 def is_local(shard: str) -> bool:
     """Whether a shard is a file of this machine, neither a URL nor a `pipe:`."""
     return not shard.startswith("pipe:") and not urlparse(shard).scheme
-
-
-def last_line(error: Exception) -> str:
-    """The last line of the message. An error from a worker process has a traceback in the lines before."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 def _opened(shard: str) -> contextlib.AbstractContextManager[IO[bytes]]:

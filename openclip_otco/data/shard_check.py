@@ -10,7 +10,8 @@ import tarfile
 
 from webdataset.shardlists import expand_urls
 
-from openclip_otco.data.shard import BROKEN, is_local, key_and_kind, last_line
+from openclip_otco.data.shard import BROKEN, is_local, key_and_kind
+from openclip_otco.errors import last_line
 
 # Number of members of a shard that are checked. A caption is next to its image, so the first members are enough.
 _MEMBERS = 1000

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from openclip_otco.errors import UserError
+from openclip_otco.errors import UserError, first_line
 from openclip_otco.frozen.towers import FrozenTower, freeze_towers
 from openclip_otco.method.plan import TransportPlan
 from openclip_otco.runs.encoder import Encoder
@@ -65,8 +65,7 @@ def read(checkpoint: Path) -> dict[str, Any]:
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"CHECKPOINT {checkpoint}: cannot be read: {reason}") from error
+        raise UserError(f"CHECKPOINT {checkpoint}: cannot be read: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"CHECKPOINT {checkpoint}: holds no weights of a model under `state_dict`")
     return content
@@ -193,7 +192,7 @@ def _make(name: str, precision: str, device: torch.device, run: dict[str, Any], 
     except UserError:
         raise
     except Exception as error:  # whatever the flags in `params.txt` make OpenCLIP stumble over
-        raise UserError(f"--model {name}: {next(iter(str(error).splitlines()), repr(error))}") from error
+        raise UserError(f"--model {name}: {first_line(error)}") from error
     return model, preprocess, tokenizer
 
 
@@ -205,7 +204,7 @@ def _device(given: str | None, of_run: Any) -> torch.device:
         try:
             device = torch.device(name)
         except RuntimeError as error:
-            raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"--device {name}: {first_line(error)}") from error
         if device.type != "cuda" or cuda:
             return device
         if given:
