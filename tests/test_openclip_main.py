@@ -191,6 +191,39 @@ def test_ranks_train_as_one(lab: Lab, patched: Path, ranks: int, options: tuple[
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        pytest.param(("--fsdp",), marks=needs_sharding),
+        pytest.param(("--fsdp", "--fsdp-checkpoint", "sharded"), marks=needs_sharding),
+    ],
+)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_train_as_a_single_one(lab: Lab, patched: Path, ranks: int, options: tuple[str, ...]) -> None:  # noqa: F811
+    """A batch is the whole data, and nothing is augmented: the order of pairs and the random numbers of a rank, which
+    depend on the number of ranks, say nothing then.
+    """
+    listed = lab.folder / "one-batch.csv"
+    listed.write_text("".join((lab.folder / "small.csv").read_text().splitlines(keepends=True)[:9]))
+    same = (
+        "--train-data",
+        str(listed),
+        "--epochs",
+        "10",
+        "--aug-cfg",
+        "use_timm=True",
+        "scale=(1., 1.)",
+        "ratio=(1., 1.)",
+    )
+    name = f"all-{ranks}{''.join(options)}"
+    train(lab, patched, name, *PLANS, *options, *same, ranks=ranks)
+    if not (lab.folder / "all-1").exists():
+        train(lab, patched, "all-1", *PLANS, *same)
+    assert len(losses(lab, "all-1")) == 10
+    assert losses(lab, name) == pytest.approx(losses(lab, "all-1"), rel=1e-3)
+
+
+@pytest.mark.parametrize(
     "options", [(), pytest.param(("--fsdp", "--fsdp-checkpoint", "sharded"), marks=needs_sharding)]
 )
 def test_a_resumed_run_goes_on_with_its_plans(lab: Lab, patched: Path, options: tuple[str, ...]) -> None:  # noqa: F811
