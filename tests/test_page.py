@@ -349,10 +349,6 @@ def test_the_committed_pages_are_those_that_the_runs_give(page_of: str, template
     assert (ROOT / "docs" / page_of).read_text(encoding="utf-8") == found
 
 
-# Runs of OTCO with the default of an earlier version, which wait to be made again; the pages say how many they are.
-OUTDATED = {"quickstart": 1, "step-cost": 2}
-
-
 @pytest.mark.parametrize("name", [name for name in shipped_studies() if (RESULTS / f"{name}.jsonl").is_file()])
 def test_committed_runs_are_those_of_their_studies(name: str) -> None:
     found = StudyResults.read(RESULTS, name)
@@ -363,7 +359,7 @@ def test_committed_runs_are_those_of_their_studies(name: str) -> None:
         for seed in found.study.seeds
     }
     assert sorted(run.run for run in found.kept) == sorted(cross)
-    assert found.outdated == OUTDATED.get(name, 0)
+    assert found.outdated == 0
 
 
 def test_the_committed_runs_have_finite_numbers() -> None:
