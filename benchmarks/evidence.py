@@ -119,20 +119,31 @@ def rematching(pairs: Pairs, window: Tensor, f: Tensor, g: Tensor, epsilon: floa
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """The arguments that name a run's pairs, a file for the answers, and how many windows are asked."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("shards")
     parser.add_argument("list", type=Path)
     parser.add_argument("json", type=Path)
     parser.add_argument("--frozen-features", type=Path, default=home() / "features")
-    parser.add_argument("--windows", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--seeds", type=int, default=3)
-    args = parser.parse_args()
+    return parser
+
+
+def read_run(args: argparse.Namespace) -> tuple[Pairs, float]:
+    """The pairs of the run that `parser_of`'s arguments name, and its ε."""
     with args.list.open(newline="", encoding="utf-8") as stream:
         mismatched = {row["key"]: row["caption_key"] for row in csv.DictReader(stream)}
     pairs = Pairs(args.checkpoint, args.shards, mismatched, args.frozen_features)
-    epsilon = float(checkpoint.params(args.checkpoint).get("otco_epsilon") or PlanSolver.epsilon)
+    return pairs, float(checkpoint.params(args.checkpoint).get("otco_epsilon") or PlanSolver.epsilon)
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--windows", type=int, nargs="+", default=[1024, 4096])
+    args = parser.parse_args()
+    pairs, epsilon = read_run(args)
     found = []
     for size in args.windows:
         runs = [ask(pairs, size, epsilon, seed) for seed in range(args.seeds)]

@@ -1,6 +1,7 @@
 """Does fused Gromov-Wasserstein transport make a better plan? What such a plan knows of wrong pairs, beside the plan.
 
-`python benchmarks/fused_gromov.py CHECKPOINT SHARDS LIST.csv FILE.jsonl`: the arguments of `evidence.py`. Needs POT.
+`python benchmarks/fused_gromov.py CHECKPOINT SHARDS LIST.csv FILE.jsonl`: the arguments of `evidence.py`. A file
+is of one checkpoint; docs/results/fused-gromov.jsonl is two of them, one after the other.
 
 The fused plan couples a window by the distance of image and text, as the plan does, and also so that images which lie
 near each other go to texts which lie near each other (Vayer, Chapel, Flamary, Tavenard, Courty, *Optimal transport for
@@ -13,7 +14,8 @@ minimizes
 `K` and `L` are `exp(k cos)` of the frozen towers' features, centred and divided by their standard deviation. The frozen
 towers are unimodal and saw no training, so that they are evidence of their own. A solution σ is the entropic plan of
 the costs `C_ij + 2 λ Σ_kl σ_kl (K_ik - L_jl)²`. The costs of a pair outside the window follow from its similarities to
-the window, and its density follows from the c-transforms, as for the plan.
+the window, and its density follows from the c-transforms, as for the plan. POT makes at most 100 steps of at most 100
+Sinkhorn iterations, so that a plan with a large λ need not have converged.
 
 A window holds one caption of each of its pictures, and the pairs that are asked about are of other pictures. A line of
 the output is a mean over windows, for one `k` (`sharpness`) and one λ (`strength`); at λ = 0 the fused plan is the
@@ -29,27 +31,22 @@ plan:
 
 from __future__ import annotations
 
-import argparse
-import csv
 import itertools
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ot
 import torch
 import torch.nn.functional as F
-from evidence import WEIGHT, Pairs, standardized, witness
+from evidence import WEIGHT, Pairs, parser_of, read_run, standardized, witness
 from scipy.special import logsumexp
 
 from openclip_otco.audit.score import auroc
 from openclip_otco.files import write_text
 from openclip_otco.method.solver import PlanSolver
-from openclip_otco.models.folder import home
-from openclip_otco.runs import checkpoint
 
 WITNESS_SHARPNESS = 5.0
 SHARPNESS = (1.0, 5.0)
@@ -180,19 +177,10 @@ def ask(pairs: Pairs, size: int, epsilon: float, seed: int) -> Iterator[dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("shards")
-    parser.add_argument("list", type=Path)
-    parser.add_argument("jsonl", type=Path)
-    parser.add_argument("--frozen-features", type=Path, default=home() / "features")
+    parser = parser_of(__doc__)
     parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    with args.list.open(newline="", encoding="utf-8") as stream:
-        mismatched = {row["key"]: row["caption_key"] for row in csv.DictReader(stream)}
-    pairs = Pairs(args.checkpoint, args.shards, mismatched, args.frozen_features)
-    epsilon = float(checkpoint.params(args.checkpoint).get("otco_epsilon") or PlanSolver.epsilon)
+    pairs, epsilon = read_run(args)
     of = {"run": args.checkpoint.parent.parent.name, "checkpoint": args.checkpoint.name, "window": args.window}
     windows = [list(ask(pairs, args.window, epsilon, seed)) for seed in range(args.seeds)]
     lines = []
@@ -200,7 +188,7 @@ def main() -> None:
         means = {name: round(sum(answer[name] for answer in answers) / len(answers), 4) for name in answers[0]}
         lines.append(of | {"epsilon": epsilon, "seeds": args.seeds} | means)
         print(json.dumps(lines[-1]))
-    write_text(args.jsonl, "".join(f"{json.dumps(line)}\n" for line in lines))
+    write_text(args.json, "".join(f"{json.dumps(line)}\n" for line in lines))
 
 
 if __name__ == "__main__":

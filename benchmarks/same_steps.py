@@ -88,9 +88,9 @@ def told(paths: list[str]) -> str:
     return ", ".join(sorted({re.sub(r"\b\d+\b", "*", path) for path in paths})) or "nothing"
 
 
-def write_data(folder: Path) -> Path:
-    """Scenes, two of five with another scene's caption, in a CSV: WebDataset's order does not follow the seed."""
-    write_scenes(folder, Settings(train=PAIRS, val=16, mismatch=0.4, shards=1))
+def write_data(folder: Path, pairs: int) -> Path:
+    """Scenes, two of five with another scene's caption, listed in a CSV: WebDataset's order ignores the seed."""
+    write_scenes(folder, Settings(train=pairs, val=16, mismatch=0.4, shards=1))
     with tarfile.open(folder / "train/0000.tar") as shard:
         shard.extractall(folder, filter="data")
     listed = folder / "scenes.csv"
@@ -134,7 +134,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="same-steps-") as name:
         folder = Path(name)
         names = [install(commit, folder / side) for commit, side in ((args.before, "before"), (args.after, "after"))]
-        data = write_data(folder / "data")
+        data = write_data(folder / "data", PAIRS)
         sides = [(folder / side / "site", side) for side in ("before", "after")]
         before, after = (train(site, data, folder / "logs", side, args.flags) for site, side in sides)
         first = before / "epoch_1.pt"

@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -20,16 +18,16 @@ import pytest
 import torch
 from forks import PATIENCE
 from hook_fixtures import Lab, assert_equal, lab  # noqa: F401
+from same_steps import write_data
 
 from openclip_otco.patch import diff, installation
 from openclip_otco.patch.installation import State
-from openclip_otco.scenes.shards import Settings, write_scenes
 
 CHECKOUT = os.environ.get("OPENCLIP")
 VERSION = "4.2.0.dev0"
 PLANS = ("--loss", "otco", "--otco-window", "2")
 
-# torch 2.6 calls it in each forward pass of FSDP2, on any device.
+# FSDP2 calls `record_event` of the device's stream in each forward pass. In torch 2.6 a CPU's stream has none.
 needs_sharding = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of this version of torch does not run on a CPU"
 )
@@ -151,15 +149,9 @@ def test_both_generations_train_alike(lab: Lab, patched: Path, loss: str) -> Non
 
 def test_the_quickstart_trains_alike(lab: Lab, patched: Path, tmp_path: Path) -> None:  # noqa: F811
     """Its scenes, model and flags; a CSV in place of shards, whose order would not follow the seed."""
-    write_scenes(tmp_path, Settings(train=640, val=16, mismatch=0.4, shards=1))
-    with tarfile.open(tmp_path / "train/0000.tar") as shard, (tmp_path / "scenes.csv").open("w") as file:
-        shard.extractall(tmp_path, filter="data")
-        rows = csv.writer(file)
-        rows.writerow(("filepath", "title"))
-        for picture in sorted(tmp_path.glob("*.jpg")):
-            rows.writerow((picture, picture.with_suffix(".txt").read_text().strip()))
+    listed = write_data(tmp_path, pairs=640)
     study = tomllib.loads((resources.files("openclip_otco.configs") / "quickstart.toml").read_text())
-    flags = {**study["flags"], **study["loss"]["otco"], "train-data": str(tmp_path / "scenes.csv"), "otco-window": 2,
+    flags = {**study["flags"], **study["loss"]["otco"], "train-data": str(listed), "otco-window": 2,
              "workers": 0, "epochs": 2, "warmup": 4, "batch-size": 64, "log-every-n-steps": 1}  # fmt: skip
     words = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
     for name, script in (("quickstart-installed", None), ("quickstart-main", patched)):
