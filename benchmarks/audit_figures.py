@@ -60,12 +60,20 @@ SETTINGS = {
 
 @dataclass
 class Window:
-    """Pairs that are judged together, and the judgement of the towers."""
+    """Pairs that are judged together, and the judgement of the towers.
+
+    `judged` of them, those in front, were in the window before, where they were judged.
+    """
 
     pairs: Tensor
+    judged: int
     image: Tensor
     caption: Tensor
     by_towers: TowerJudgement = field(init=False)
+
+    def put(self, into: np.ndarray, values: np.ndarray) -> None:
+        """Put the values of the pairs that this window judges to their places among all pairs."""
+        into[self.pairs[self.judged :].numpy()] = values[self.judged :]
 
 
 @dataclass
@@ -86,7 +94,7 @@ class Setting:
     def wrong_estimated(self) -> WrongShare:
         """The share of wrong pairs in all windows, as the towers estimate it."""
         return overall_share(
-            [each.by_towers.wrong for each in self.windows], [len(each.pairs) for each in self.windows]
+            [each.by_towers.wrong for each in self.windows], [len(each.pairs) - each.judged for each in self.windows]
         )
 
 
@@ -101,7 +109,7 @@ def read(study: Path, truth: Path, name: str, features: Path) -> Setting:
         caption.append(content_key(sample.files["txt"]))
     images, captions = torch.tensor(image), torch.tensor(caption)
     known = Truth(truth / listed) if listed else None
-    parts = [torch.tensor(part) for part, _ in windows([list(range(len(keys)))], WINDOW)]
+    parts = [(torch.tensor(part.items), part.judged) for part in windows([list(range(len(keys)))], WINDOW)]
     return Setting(
         name,
         source,
@@ -109,7 +117,10 @@ def read(study: Path, truth: Path, name: str, features: Path) -> Setting:
         places,
         rows_of(features, "image", images),
         rows_of(features, "text", captions),
-        [Window(part, *(each[part].unique(return_inverse=True)[1] for each in (images, captions))) for part in parts],
+        [
+            Window(part, judged, *(each[part].unique(return_inverse=True)[1] for each in (images, captions)))
+            for part, judged in parts
+        ],
         np.array([known is not None and known.is_wrong(key) for key in keys]),
     )
 
@@ -142,7 +153,7 @@ def trained_features(run: Path, setting: Setting) -> tuple[Tensor, Tensor]:
 def by_window(setting: Setting, ask: Callable[[Window], np.ndarray]) -> np.ndarray:
     found = np.empty(len(setting.keys))
     for window in tqdm(setting.windows, desc=setting.name, disable=None):
-        found[window.pairs.numpy()] = ask(window)
+        window.put(found, ask(window))
     return found
 
 
@@ -187,11 +198,13 @@ def trained(setting: Setting, run: Path, loss: str, seed: int) -> Iterator[dict[
         return log_density(judge_by_plan(plan, window.image.tolist(), window.caption.tolist()))
 
     cosine = (v * t).sum(dim=1).numpy()
-    plan = by_window(setting, density)
-    second = [combine_with_model(each.by_towers, plan[each.pairs.numpy()]) for each in setting.windows]
-    probability, order = (np.empty(len(cosine)) for _ in range(2))
-    for window, (each, evidence) in zip(setting.windows, second, strict=True):
-        probability[window.pairs.numpy()], order[window.pairs.numpy()] = each, evidence
+    plan, probability, order = (np.empty(len(cosine)) for _ in range(3))
+    for window in setting.windows:
+        by_plan = density(window)
+        for into, values in zip(
+            (plan, probability, order), (by_plan, *combine_with_model(window.by_towers, by_plan)), strict=True
+        ):
+            window.put(into, values)
     neighbours = by_window(setting, lambda each: -lemon(v[each.pairs], t[each.pairs], each.image, each.caption).numpy())
     rank = np.empty(len(cosine))
     rank[np.lexsort((order, probability))] = np.arange(len(cosine))

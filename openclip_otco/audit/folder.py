@@ -21,7 +21,7 @@ from openclip_otco.errors import UserError, first_line
 from openclip_otco.files import locked, remove_partial, write_text
 
 # Goes up whenever the same settings begin to give other parts.
-_VERSION = 4
+_VERSION = 5
 _STATE = "state.json"
 
 
@@ -129,12 +129,13 @@ class AuditFolder:
             found.append(path)
         return found
 
-    def add(self, rows: list[table.Row], wrong: WrongShare, end: Cursor, last: bool) -> bool:
+    def add(self, rows: list[table.Row], wrong: WrongShare, *, middle: Cursor, end: Cursor, last: bool) -> bool:
         """Write the next part.
 
         Args:
             rows: of the schema `PART`, in any order.
             wrong: the estimated share of wrong pairs among them.
+            middle: where the second half of the window begins.
             end: where the next part begins.
             last: whether there is no next part.
 
@@ -144,7 +145,7 @@ class AuditFolder:
         Raises:
             UserError: it cannot be written.
         """
-        note = json.dumps({"end": asdict(end), "last": last, "wrong": wrong})
+        note = json.dumps({"middle": asdict(middle), "end": asdict(end), "last": last, "wrong": wrong})
         schema = table.PART.with_metadata({"audit": note})
         number = len(self.parts())
         with self.accessed():
@@ -153,12 +154,22 @@ class AuditFolder:
 
     def progress(self) -> tuple[Cursor, bool]:
         """Where the finished parts end, and whether the data end there."""
+        note = self._last_note()
+        return (Cursor(**note["end"]), note["last"]) if note else (Cursor(), False)
+
+    def middle(self) -> Cursor | None:
+        """Where the second half of the last finished window begins; None if no window is finished."""
+        note = self._last_note()
+        return Cursor(**note["middle"]) if note else None
+
+    def _last_note(self) -> dict[str, Any] | None:
+        """What `add` noted of the last finished part."""
         parts = self.parts()
         if not parts:
-            return Cursor(), False
+            return None
         with self.accessed():
-            note = json.loads(table.metadata(parts[-1])["audit"])
-        return Cursor(**note["end"]), note["last"]
+            note: dict[str, Any] = json.loads(table.metadata(parts[-1])["audit"])
+        return note
 
     def wrong_shares(self) -> list[WrongShare]:
         """The estimated share of wrong pairs of each finished part."""

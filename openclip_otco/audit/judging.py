@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from openclip_otco.audit.source import Source
 from openclip_otco.audit.suspects import Worst
 from openclip_otco.audit.two_groups import WrongShare
 from openclip_otco.audit.verdict import Verdict, judge_window
-from openclip_otco.audit.windows import windows
+from openclip_otco.audit.windows import second_half, windows
 from openclip_otco.method.solver import PlanSolver
 
 
@@ -53,17 +54,34 @@ def _judge_to_next_part(
                 end = behind
                 yield pairs
 
-        for window, following in windows(batches(), settings.window):
-            verdict = _judge(window, solver, encoder.device)
-            rows = _rows(window, verdict, source.names)
-            _add_thumbnails(rows, window, worst)
-            next_is_there = folder.add(
-                rows, verdict.wrong, following.cursor if following else end, last=following is None
+        def half_before() -> list[Pair]:
+            """The second half of the window before `start`. It is encoded again."""
+            middle = folder.middle()
+            if middle is None:
+                return []
+            half = second_half(settings.window)
+            again = stream(source, encoder, settings.batch_size, settings.workers, middle)
+            return list(
+                itertools.islice(itertools.chain.from_iterable(pairs for pairs, _ in again), half.stop - half.start)
             )
-            if next_is_there or following is None:
+
+        for window in windows(batches(), settings.window, half_before):
+            verdict = _judge(window.items, solver, encoder.device)
+            rows = _rows(window.items, verdict, source.names)
+            new, pairs = rows[window.judged :], window.items[window.judged :]
+            _add_thumbnails(new, pairs, worst)
+            next_is_there = folder.add(
+                new,
+                verdict.wrong,
+                middle=window.items[len(window.items) // 2].cursor,
+                end=window.following.cursor if window.following else end,
+                last=window.is_last,
+            )
+            if next_is_there or window.is_last:
                 return
+            del window, verdict, rows, new, pairs  # they would stay in memory until the next window is full
     # No pair was left. An empty part says so to the ranks that wait, and to the next start.
-    folder.add([], WrongShare(0.0, 0.0), end, last=True)
+    folder.add([], WrongShare(0.0, 0.0), middle=end, end=end, last=True)
 
 
 def _judge(window: Sequence[Pair], solver: PlanSolver, device: torch.device) -> Verdict:
