@@ -60,10 +60,7 @@ def run_audit(
     folder = AuditFolder(out, rank, ranks)
     with folder.opened(decisive):
         if not folder.progress()[1]:
-            encoder = load_encoder(settings)
-            judge_missing(folder, share, encoder, settings)
-            if encoder.trained is not None:
-                encoder.trained.save_frozen()
+            _encode_and_judge(folder, share, settings)
         if rank:
             return {}
         wait_for_ranks(folder)
@@ -75,6 +72,14 @@ def run_audit(
             "epsilon": decisive["--epsilon"],
         }
         return write_report(folder, source, about, settings.top, truth, clean)
+
+
+def _encode_and_judge(folder: AuditFolder, source: Source, settings: JudgeSettings) -> None:
+    # A function, so that the models are not in memory any more when the report is written.
+    encoder = load_encoder(settings)
+    judge_missing(folder, source, encoder, settings)
+    if encoder.trained is not None:
+        encoder.trained.save_frozen()
 
 
 def load_encoder(settings: JudgeSettings) -> PairEncoder:

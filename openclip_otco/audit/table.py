@@ -48,8 +48,11 @@ PART = pa.schema(
 PLACE = ("shard_number", "sample", "line")
 # The columns of a part by which it is ranked.
 ORDER = ("probability", "evidence", *PLACE)
-# Memory of the ranking; what does not fit goes to the disk.
-_MEMORY = "512MiB"
+# Memory of the ranking in bytes: so much, and so much for each pair. The rest goes to the disk. A sort on the disk needs
+# memory for each of its pieces: DuckDB 2.0 sorts 1,000,000 pairs with 128 MiB, but 10,000,000 only with 256 MiB.
+_MEMORY, _MEMORY_PER_PAIR = 2**27, 32
+# Each thread has buffers of its own.
+_THREADS = 2
 # Rows that are read, and rows that are written, at a time.
 _ROWS, _GROUP = 1024, 2**16
 
@@ -103,7 +106,9 @@ class Ranking:
 
     def __init__(self, parts: Sequence[Path], scratch: Path) -> None:
         self._database = duckdb.connect()
-        self._database.execute(f"SET memory_limit = '{_MEMORY}'")
+        memory = _MEMORY + _MEMORY_PER_PAIR * sum(map(count, parts))
+        self._database.execute(f"SET memory_limit = '{memory}B'")
+        self._database.execute(f"SET threads = {_THREADS}")
         self._database.execute("SET temp_directory = ?", [str(scratch)])
         # A user's folder may be called [1] or *.
         names = [glob.escape(str(part)) for part in parts]
