@@ -797,6 +797,24 @@ def test_what_is_done_is_not_done_again(run: Callable, monkeypatch: pytest.Monke
     assert run("out") == whole
 
 
+def test_the_last_pairs_take_half_a_window_to_encode_again(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run("out", "--batch-size", 1)
+    (tmp_path / "out/parts/000003.parquet").unlink()
+    encode, encoded = checkpoint.Encoder.images_and_tower, 0
+
+    def noted(self: checkpoint.Encoder, pixels: Any) -> Any:
+        nonlocal encoded
+        encoded += len(pixels)
+        return encode(self, pixels)
+
+    monkeypatch.setattr(checkpoint.Encoder, "images_and_tower", noted)
+    assert run("out", "--batch-size", 1) == whole
+    # The last 3 pairs have 2 images. The 7 pairs before have 6; of one of them, all four captions are encoded again.
+    assert encoded == 2 + 6
+
+
 def test_a_killed_process_leaves_what_is_done(run: Callable, run_checkpoint: Path, data: str, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     words = ["audit", "--checkpoint", run_checkpoint, "--data", data, "--out", out, "--window", 2, "--batch-size", 5]

@@ -48,7 +48,7 @@ PART = pa.schema(
 PLACE = ("shard_number", "sample", "line")
 # The columns of a part by which it is ranked.
 ORDER = ("probability", "evidence", *PLACE)
-# Memory of the ranking in bytes: so much, and so much for each pair. The rest goes to the disk. A sort on the disk needs
+# Memory of the ranking in bytes: so much, and so much for each pair. The rest goes to the disk. A sort on disk needs
 # memory for each of its pieces: DuckDB 2.0 sorts 1,000,000 pairs with 128 MiB, but 10,000,000 only with 256 MiB.
 _MEMORY, _MEMORY_PER_PAIR = 2**27, 32
 # Each thread has buffers of its own.
