@@ -134,7 +134,7 @@ class AuditFolder:
 
         Args:
             rows: of the schema `PART`, in any order.
-            wrong: the estimated share of wrong pairs among them.
+            wrong: the estimated share of wrong pairs in their window.
             middle: where the second half of the window begins.
             end: where the next part begins.
             last: whether there is no next part.

@@ -73,7 +73,7 @@ def _judge_to_next_part(
             next_is_there = folder.add(
                 new,
                 verdict.wrong,
-                middle=window.items[len(window.items) // 2].cursor,
+                middle=window.items[second_half(len(window.items)).start].cursor,
                 end=window.following.cursor if window.following else end,
                 last=window.is_last,
             )
