@@ -12,7 +12,7 @@ from scipy.linalg import subspace_angles
 from scipy.special import expit
 from scipy.stats import norm
 
-from openclip_otco.audit.canonical import Moments, canonical_space
+from openclip_otco.audit.canonical import Moments, _scaled_singular_vectors, canonical_space
 from openclip_otco.audit.decoys import draw_decoys
 from openclip_otco.audit.score import auroc
 from openclip_otco.audit.structure import Structure, centred
@@ -73,6 +73,28 @@ def test_structure_is_a_weighted_correlation(groups: list[tuple[int, int]], seed
         covariance = np.cov(x[i][heard], y[j][heard], aweights=weights.numpy()[heard])
         expected = covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1])
         assert value == pytest.approx(expected, abs=2e-3)
+
+
+def test_a_structure_answers_alike_whatever_it_was_asked_before() -> None:
+    images, texts = (centred(side) for side in paired_features(60, d=8, seed=0))
+    image, caption = torch.arange(60) // 3, torch.arange(60) % 25
+    pairs, (first, later) = torch.arange(60), torch.rand(2, 60, generator=torch.Generator().manual_seed(0))
+    asked = Structure(images, texts, image, caption)
+    asked.correlation(pairs, pairs.flip(0), first)
+    found = asked.correlation(pairs, pairs.roll(1), later)
+    expected = Structure(images, texts, image, caption).correlation(pairs, pairs.roll(1), later)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert found.std() > 0.1
+
+
+@pytest.mark.parametrize(("d", "e"), [(12, 9), (9, 12), (7, 7)])
+def test_scaled_singular_vectors_are_those_of_the_svd(d: int, e: int) -> None:
+    matrix = torch.randn(d, e, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    left, right = _scaled_singular_vectors(matrix, 4)
+    u, values, v = torch.linalg.svd(matrix)
+    signs = (left * u[:, :4]).sum(dim=0).sign()
+    assert torch.allclose(left * signs, u[:, :4] * values[:4])
+    assert torch.allclose(right * signs, v[:4].T * values[:4])
 
 
 def test_a_canonical_space_is_what_two_sides_share() -> None:
