@@ -1,6 +1,6 @@
 """Throughput of `openclip-otco audit`, and of its encoder alone, from one run.
 
-`python benchmarks/audit.py SHARDS FILE.json --towers NAME`, or `--checkpoint`, or both; the other arguments are those
+`python benchmarks/audit.py SHARDS FILE.jsonl --towers NAME`, or `--checkpoint`, or both; the other arguments are those
 of `audit`. Every image and every caption is encoded. One clock times the encoder, another one the loader and the
 encoder together. The rest of the time is the audit's own: plans, judgements, parts, the ranking and the gallery.
 """
@@ -52,7 +52,7 @@ class Clock:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data")
-    parser.add_argument("json", type=Path)
+    parser.add_argument("jsonl", type=Path)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--towers")
     parser.add_argument("--window", type=int, default=4096)
@@ -91,7 +91,7 @@ def main() -> None:
         "times_loader_and_encoder": round(seconds / streaming.seconds, 4),
         "times_encoder": round(seconds / encoding.seconds, 4),
     }
-    args.json.write_text(json.dumps(found, indent=1) + "\n")
+    args.jsonl.write_text(json.dumps(found) + "\n")
     print(json.dumps(found, indent=1))
 
 

@@ -48,8 +48,8 @@ PART = pa.schema(
 PLACE = ("shard_number", "sample", "line")
 # The columns of a part by which it is ranked.
 ORDER = ("probability", "evidence", *PLACE)
-# Memory of the ranking in bytes: so much, and so much for each pair. The rest goes to the disk. A sort on disk needs
-# memory for each of its pieces: DuckDB 2.0 sorts 1,000,000 pairs with 128 MiB, but 10,000,000 only with 256 MiB.
+# Memory of the ranking in bytes: so much, and so much for each pair. The rest goes to the disk. A fixed limit would be
+# too small for large data, since a sort on disk needs memory for each of its pieces.
 _MEMORY, _MEMORY_PER_PAIR = 2**27, 32
 # Each thread has buffers of its own.
 _THREADS = 2
