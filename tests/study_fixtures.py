@@ -190,3 +190,12 @@ def with_interval(values, form=".1f"):
     low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
     text = f"{np.mean(values):{form}} ± {(high - low) / 2:{form.lstrip('+')}}"
     return f"**{text}**" if "+" in form and not low <= 0 <= high else text
+
+
+def ratio_interval(own, base):
+    """The ratio of two means and the half-width of its interval, by variances and the covariance (the delta method)."""
+    own, base = np.asarray(own), np.asarray(base)
+    ratio = own.mean() / base.mean()
+    (own_variance, covariance), (_, base_variance) = np.cov(own, base)
+    variance = (own_variance - 2 * ratio * covariance + ratio**2 * base_variance) / len(own) / base.mean() ** 2
+    return ratio, stats.t.ppf(0.975, len(own) - 1) * np.sqrt(variance)

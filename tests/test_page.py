@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
+from study_fixtures import ratio_interval
 
 from openclip_otco import cli
 from openclip_otco.errors import UserError
@@ -85,9 +86,11 @@ def test_numbers_are_those_of_the_runs(folder: Path) -> None:
         spread = found.rsum(data, loss)
         low, high = scipy.stats.t.interval(0.95, 2, own.mean(), scipy.stats.sem(own))
         assert (spread.mean, spread.low, spread.high) == pytest.approx((own.mean(), low, high))
-        assert found.ratio(data, loss) == pytest.approx(own.mean() / base.mean())
+        ratio, clean = found.ratio(data, loss), found.of_clean(data, loss)
+        assert (ratio.mean, ratio.half) == pytest.approx(ratio_interval(own, base), abs=1e-9)
         assert found.difference(data, loss).mean == pytest.approx((own - base).mean(), abs=1e-9)
-        assert found.of_clean(data, loss) == pytest.approx(100 * own.mean() / rsum(np.mean(RECALL["clean", "clip"])))
+        on_clean = [rsum(r) for r in RECALL["clean", "clip"]]
+        assert (clean.mean, clean.half) == pytest.approx(ratio_interval(own, on_clean), abs=1e-9)
         assert found.best(data, loss).mean == pytest.approx(own.mean() - 30 + 1)
         assert found.seeds(data, loss) == 3
     difference = found.difference("mismatch-40", "otco", "clip")
@@ -145,12 +148,13 @@ def test_a_spread_as_text() -> None:
 
 def test_a_page(folder: Path) -> None:
     code, text = made(folder, '{% set main = study("flickr8k-frozen") %}{{ main.rsum("clean", "clip") }}, '
-                      '{{ "%.2f" | format(main.ratio("mismatch-40", "otco")) }} ×\n\n{{ main.table() }}\n\n'
+                      '{{ main.ratio("mismatch-40", "otco").to(2) }} ×\n\n{{ main.table() }}\n\n'
                       '{{ main.against() }}\n\n![]({{ main.figure("noise") }})\n', "--figures")  # fmt: skip
     assert code == 0
     mean = np.mean([rsum(r) for r in RECALL["clean", "clip"]])
     assert f"\n{mean:.1f} ± " in text
-    assert " 1.54 ×" in text
+    otco, clip = ([rsum(r) for r in RECALL["mismatch-40", loss]] for loss in ("otco", "clip"))
+    assert "{:.2f} ± {:.2f} ×".format(*ratio_interval(otco, clip)) in text
     assert "| clean | clip | 3 |" in text
     assert "s/step" not in text
     assert f"![](found/{STUDY}-noise.png)" in text

@@ -10,9 +10,10 @@ from matplotlib.ticker import MaxNLocator
 
 from openclip_otco.study.mismatch import mismatch
 from openclip_otco.study.results import Result, have_standard_retrieval
+from openclip_otco.study.spread import interval
 from openclip_otco.study.study import Study
 from openclip_otco.study.style import COLOURS, DASHES, line_style, pyplot
-from openclip_otco.study.table import cell, final_recalls, interval
+from openclip_otco.study.table import cell, final_recalls
 
 # With more losses than this the legend stands beside the panels.
 _LOSSES_IN_A_PANEL = 6

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from openclip_otco.study.table import interval
+from scipy.stats import t as student_t
+
+
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and half-width of its 95 % Student-t interval: None for a single value.
+
+    Raises:
+        ValueError: no values.
+    """
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None
+    return mean, float(student_t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 @dataclass(frozen=True)
@@ -28,6 +42,22 @@ class Spread:
             ValueError: there is no such seed.
         """
         return cls.of([own[seed] - base[seed] for seed in sorted(own.keys() & base.keys())])
+
+    @classmethod
+    def of_ratio(cls, pairs: Sequence[tuple[float, float]]) -> Spread:
+        """The mean of the first values divided by that of the second ones, which are paired by seed.
+
+        The interval is that of the ratio estimator (Cochran, Sampling Techniques, 1977, section 6.4): the mean's of
+        `own - ratio * base`, divided by the mean of the second values. A ratio taken seed by seed would be another one.
+
+        Raises:
+            ValueError: there is no pair.
+            ZeroDivisionError: the second values have the mean 0.
+        """
+        base_mean = statistics.fmean(base for _, base in pairs)
+        ratio = statistics.fmean(own for own, _ in pairs) / base_mean
+        _, half = interval([(own - ratio * base) / base_mean for own, base in pairs])
+        return cls(ratio, half)
 
     def __str__(self) -> str:
         return self.to(1)

@@ -95,10 +95,9 @@ class StudyResults:
         """Number of runs of `loss` on `data`."""
         return len(self._runs(data, loss))
 
-    def ratio(self, data: str, loss: str) -> float:
-        """Mean rsum divided by that of the baseline on the same data, over the seeds that both have."""
-        pairs = self._pairs(data, loss, self._rsum)
-        return sum(own for own, _ in pairs) / sum(base for _, base in pairs)
+    def ratio(self, data: str, loss: str) -> Spread:
+        """Mean rsum divided by that of the baseline on the same data, paired by seed."""
+        return Spread.of_ratio(self._pairs(data, loss, self._rsum))
 
     def difference(self, data: str, loss: str, base: str | None = None) -> Spread:
         """Difference of rsum to the baseline, or to the loss `base`, paired by seed."""
@@ -108,12 +107,12 @@ class StudyResults:
         """Difference of the best epoch's rsum to that of the baseline's best epoch, paired by seed."""
         return Spread.of([own - base for own, base in self._pairs(data, loss, lambda run: run.rsum_best)])
 
-    def of_clean(self, data: str, loss: str) -> float:
-        """Mean rsum in percent of that of the baseline on clean data."""
+    def of_clean(self, data: str, loss: str) -> Spread:
+        """Mean rsum divided by that of the baseline on clean data, paired by seed."""
         clean = table.clean_setting(self.study)
         if clean is None:
             raise UserError(f"{self.study.name}: has no setting without mismatch to compare others with")
-        return 100 * self.rsum(data, loss).mean / self.rsum(clean.name, self.study.losses[0].name).mean
+        return Spread.of_ratio(self._pairs(data, loss, self._rsum, base_data=clean.name))
 
     def figure(self, kind: str) -> str:
         """The path, from the page, of the picture `rsum`, `recalls`, `noise` or `cost`."""
@@ -144,10 +143,18 @@ class StudyResults:
         return found
 
     def _pairs(
-        self, data: str, loss: str, value: Callable[[Result], float], base: str | None = None
+        self,
+        data: str,
+        loss: str,
+        value: Callable[[Result], float],
+        base: str | None = None,
+        base_data: str | None = None,
     ) -> list[tuple[float, float]]:
-        """The values of `loss` and of `base`, or the baseline, for each seed that both have."""
-        bases = {run.seed: run for run in self._runs(data, base or self.study.losses[0].name)}
+        """The values of `loss` on `data` and of `base` on `base_data`, for each seed that both have.
+
+        Without `base` it is the baseline, without `base_data` the same data.
+        """
+        bases = {run.seed: run for run in self._runs(base_data or data, base or self.study.losses[0].name)}
         pairs = [(value(run), value(bases[run.seed])) for run in self._runs(data, loss) if run.seed in bases]
         if not pairs:
             raise UserError(f"{self.folder / self.study.name}.jsonl: no seed of {loss} on {data} has its baseline")

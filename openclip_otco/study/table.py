@@ -1,15 +1,12 @@
 """The Markdown tables of a study: each loss in each data setting, and each loss compared with the first."""
 
-import math
-import statistics
 from collections.abc import Callable, Sequence
-
-from scipy.stats import t as student_t
 
 from openclip_otco.pages.markdown import markdown_table
 from openclip_otco.runs.train_log import RECALLS
 from openclip_otco.study.mismatch import mismatch
 from openclip_otco.study.results import Result, have_standard_retrieval
+from openclip_otco.study.spread import Spread, interval
 from openclip_otco.study.study import DataSetting, Study
 
 _RECALL_HEADS = [f"{way} R@{k}" for way in ("I→T", "T→I") for k in (1, 5, 10)]
@@ -21,18 +18,6 @@ Recalls = Callable[[Result], list[float]]
 _Column = tuple[str, Callable[[Sequence[Result]], str]]
 # A run, and the baseline's run with the same seed and data.
 _Pairs = Sequence[tuple[Result, Result]]
-
-
-def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and half-width of its 95 % Student-t interval: None for a single value.
-
-    Raises:
-        ValueError: no values.
-    """
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, None
-    return mean, float(student_t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def cell(results: Sequence[Result], data: str, loss: str) -> list[Result]:
@@ -154,17 +139,19 @@ def _final_rsum_columns(study: Study, results: Sequence[Result]) -> list[_Column
 
 
 def _share_of_clean(study: Study, results: Sequence[Result]) -> list[_Column]:
-    """The column with the mean rsum in percent of the baseline's on clean data; none without such a setting."""
+    """The column with the rsum in percent of the baseline's on clean data, by seed; none without such a setting."""
     clean = clean_setting(study)
     if clean is None:
         return []
     recalls = final_recalls(results)
-    of_clean = [sum(recalls(run)) for run in cell(results, clean.name, study.losses[0].name)]
+    baseline = {run.seed: sum(recalls(run)) for run in cell(results, clean.name, study.losses[0].name)}
 
     def percent(runs: Sequence[Result]) -> str:
-        if not any(of_clean):
+        pairs = [(sum(recalls(run)), baseline[run.seed]) for run in runs if run.seed in baseline]
+        if not any(base for _, base in pairs):
             return ""
-        return f"{100 * statistics.fmean(sum(recalls(run)) for run in runs) / statistics.fmean(of_clean):.1f}"
+        # The baseline beside itself is 100 whatever the seeds: an interval would say nothing.
+        return "100.0" if all(own == base for own, base in pairs) else Spread.of_ratio(pairs).to(1, factor=100)
 
     return [(f"% of {study.losses[0].name} on {clean.name}", percent)]
 
@@ -205,8 +192,8 @@ def _last_rsum(result: Result) -> float:
 
 
 def _ratio(pairs: _Pairs, rsum: Callable[[Result], float]) -> str:
-    total = sum(rsum(base) for _, base in pairs)
-    return f"{sum(rsum(run) for run, _ in pairs) / total:.3f}" if total else "no ratio to 0"
+    values = [(rsum(run), rsum(base)) for run, base in pairs]
+    return Spread.of_ratio(values).to(3) if any(base for _, base in values) else "no ratio to 0"
 
 
 def _difference(pairs: _Pairs, rsum: Callable[[Result], float]) -> str:
