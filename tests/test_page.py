@@ -284,6 +284,9 @@ def scores(folder: Path) -> Path:
         {"score": score, "seed": seed, "auroc": auroc} for score in values for seed, auroc in enumerate(values[score])
     ]
     lines += [{"score": "towers", "seed": None, "auroc": 0.94}, {"score": "towers", "share": 0.4}]
+    lines += [{"score": "inner", "seed": seed, "found": {"auroc": 0.8 + seed / 100}} for seed in range(3)]
+    lines += [{"score": "other inner", "seed": seed, "found": {"auroc": 0.7}} for seed in (1, 2, 0)]
+    lines += [{"score": "inner", "seed": 3, "found": None}]
     (folder / "scores.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     return folder
 
@@ -292,14 +295,16 @@ def test_lines_of_another_list(scores: Path) -> None:
     (scores / "other.md.jinja").write_text(
         '{% set all = lines("scores") %}{{ all.where(score="both").spread("auroc").to(3) }}, '
         '{{ all.where(score="both").ahead(all.where(score="cosine"), "auroc").to(2, 100) }}, '
-        '{{ all.where(score="towers", seed=none).one("auroc") }}, {{ all.where(score="towers").one("share") }}'
+        '{{ all.where(score="towers", seed=none).one("auroc") }}, {{ all.where(score="towers").one("share") }}, '
+        '{{ all.where(score="inner").spread("found.auroc").to(3) }}, '
+        '{{ all.where(score="inner").ahead(all.where(score="other inner"), "found.auroc").to(3) }}'
     )
     out = scores / "other.md"
     assert cli.main(["results", str(scores), "--template", "other.md.jinja", "--out", str(out)]) == 0
     note, said = out.read_text().split("-->\n")
     assert "from found/other.md.jinja" in note
     # Of 0.95, 0.96, 0.97, and of 0.05, 0.04, 0.06: the t quantile of two degrees, 4.303, by the root of 3.
-    assert said == "0.960 ± 0.025, 5.00 ± 2.48, 0.94, 0.4"
+    assert said == "0.960 ± 0.025, 5.00 ± 2.48, 0.94, 0.4, 0.810 ± 0.025, 0.110 ± 0.025"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from openclip_otco.study.spread import Spread
 class Measurements:
     """A list of measurements, as a template asks it: JSON objects, one a line, written by a script of `benchmarks/`.
 
+    A value inside an object of the line is named with a dot, as `retrieval.rsum`.
+
     Attributes:
         path: of the list.
         all: the objects, in their order.
@@ -50,7 +52,7 @@ class Measurements:
         Raises:
             UserError: there is none.
         """
-        found = [each[name] for each in self.all if name in each]
+        found = [value for each in self.all if (value := _value(each, name)) is not None]
         if not found:
             raise UserError(f"{self.path}: none of the lines asked for has {name}")
         return found
@@ -77,11 +79,22 @@ class Measurements:
             UserError: nothing can be paired, or a value under `by` comes twice in one of the lists.
         """
         for each in (self, other):
-            keys = [line[by] for line in each.all if name in line]
+            keys = [line[by] for line in each.all if _value(line, name) is not None]
             if twice := [key for key in keys if keys.count(key) > 1]:
                 raise UserError(f"{self.path}: {len(twice)} of the lines to compare have the same {by} as another")
-        bases = {each[by]: each[name] for each in other.all if name in each}
-        found = [each[name] - bases[each[by]] for each in self.all if name in each and each[by] in bases]
+        own, bases = (
+            {line[by]: value for line in each.all if (value := _value(line, name)) is not None}
+            for each in (self, other)
+        )
+        found = [value - bases[key] for key, value in own.items() if key in bases]
         if not found:
             raise UserError(f"{self.path}: no {by} has a {name} in both of the lists that are compared")
         return Spread.of(found)
+
+
+def _value(line: dict[str, Any], name: str) -> Any:
+    """The value that `name` leads to, key by key; None where there is none."""
+    found: Any = line
+    for key in name.split("."):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
