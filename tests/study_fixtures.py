@@ -198,4 +198,5 @@ def ratio_interval(own, base):
     ratio = own.mean() / base.mean()
     (own_variance, covariance), (_, base_variance) = np.cov(own, base)
     variance = (own_variance - 2 * ratio * covariance + ratio**2 * base_variance) / len(own) / base.mean() ** 2
-    return ratio, stats.t.ppf(0.975, len(own) - 1) * np.sqrt(variance)
+    # Of equal values the variance is 0 but for rounding.
+    return ratio, stats.t.ppf(0.975, len(own) - 1) * np.sqrt(max(variance, 0))
