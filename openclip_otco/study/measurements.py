@@ -78,18 +78,18 @@ class Measurements:
         Raises:
             UserError: nothing can be paired, or a value under `by` comes twice in one of the lists.
         """
-        for each in (self, other):
-            keys = [line[by] for line in each.all if _value(line, name) is not None]
-            if twice := [key for key in keys if keys.count(key) > 1]:
-                raise UserError(f"{self.path}: {len(twice)} of the lines to compare have the same {by} as another")
-        own, bases = (
-            {line[by]: value for line in each.all if (value := _value(line, name)) is not None}
-            for each in (self, other)
-        )
+        own, bases = self._by(by, name), other._by(by, name)
         found = [value - bases[key] for key, value in own.items() if key in bases]
         if not found:
             raise UserError(f"{self.path}: no {by} has a {name} in both of the lists that are compared")
         return Spread.of(found)
+
+    def _by(self, key: str, name: str) -> dict[Any, Any]:
+        """The values under `name` by those under `key`; lines without the first are left out."""
+        found = [(line[key], value) for line in self.all if (value := _value(line, name)) is not None]
+        if (twice := len(found) - len(dict(found))) > 0:
+            raise UserError(f"{self.path}: {twice} of the lines to compare have the same {key} as another")
+        return dict(found)
 
 
 def _value(line: dict[str, Any], name: str) -> Any:
