@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from openclip_otco.method.features import Features
+from openclip_otco.ot.finite import finite_rows
 from openclip_otco.rules import AT_LEAST_ONE
 
 
@@ -35,7 +36,7 @@ class KeyQueue:
 
         If the queue held a single such pair, every loss would be NaN until this pair left the queue.
         """
-        finite = torch.isfinite(keys.images).all(dim=1) & torch.isfinite(keys.texts).all(dim=1)
+        finite = finite_rows(keys.images) & finite_rows(keys.texts)
         new = Features(*(side[finite].detach().float() for side in keys))
         held = new if self.keys is None else Features(*map(torch.cat, zip(self.keys, new, strict=True)))
         # A copy: a view would also keep the keys that have left the queue, in memory and in the checkpoint.

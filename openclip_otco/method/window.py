@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openclip_otco.ot.finite import finite_rows
 from openclip_otco.rules import AT_LEAST_ONE
 
 
@@ -73,7 +74,7 @@ class FeatureWindow:
         batches = [batch for batch in self._batches if len(batch[0])] or self._batches[:1]
         images, texts = (torch.cat(features) for features in zip(*batches, strict=True))
         # Not in `add`: there, the CPU would have to wait for the GPU at every step.
-        finite = torch.isfinite(images).all(dim=1) & torch.isfinite(texts).all(dim=1)
+        finite = finite_rows(images) & finite_rows(texts)
         left = int(finite.sum())
         self.dropped += len(finite) - left
         if not left:

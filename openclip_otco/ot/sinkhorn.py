@@ -185,12 +185,14 @@ def _solve(
     acceleration = Anderson(a)
     best = _Iterate(f, g[group.part(cost.shape[1])], math.inf)
     iterations = 0
-    while best.error > tol and iterations < max_iterations:
+    while True:
         own_g, next_f = half_steps.step(f)
         iterations += 1
         error = _marginal_error(a, f, next_f, epsilon)
         if error < best.error or iterations == 1:
             best = _Iterate(f, own_g, error)
+        if not best.error > tol or iterations == max_iterations:
+            break
         f = acceleration.next(f, next_f, error)
     return best.f, group.joined(best.own_g, cost.shape[1]), best.error, iterations
 
