@@ -9,6 +9,6 @@ from torch import Tensor
 def finite_rows(features: Tensor) -> Tensor:
     """Which rows of `(n, d)` features hold no NaN and no infinity: `(n,)` booleans, on the same device.
 
-    The extremes of a row show both. On a CPU they take a tenth of the time of `torch.isfinite` on every entry.
+    The extremes of a row show both. On a CPU they take much less time than `torch.isfinite` of every entry.
     """
     return torch.isfinite(features.amax(dim=1)) & torch.isfinite(features.amin(dim=1))
