@@ -31,6 +31,8 @@ RESULTS = ROOT / "docs" / "results"
 def result(data: str, loss: str, seed: int, recall: float, all_captions: bool = True) -> Result:
     recalls = {name: recall + 0.01 * index for index, name in enumerate(RECALLS)}
     trained: Any = {"epoch": 4, **{name: value - 0.05 for name, value in recalls.items()}}
+    # After the second of four epochs every recall was halved.
+    young = {"epoch": 2, **{name: value / 2 for name, value in trained.items() if name != "epoch"}}
     last = 100 * sum(value for name, value in trained.items() if name != "epoch")
     return Result(
         run=f"{data}--{loss}--s{seed}",
@@ -39,7 +41,7 @@ def result(data: str, loss: str, seed: int, recall: float, all_captions: bool = 
         seed=seed,
         flags=[],
         scenes=None,
-        epochs=[trained],
+        epochs=[young, trained],
         rsum_last=last,
         rsum_best=last + seed,
         epoch_last=4,
@@ -98,6 +100,11 @@ def test_numbers_are_those_of_the_runs(folder: Path) -> None:
                                    [rsum(r) for r in RECALL["mismatch-40", "clip"]])  # fmt: skip
     assert difference.low == pytest.approx(paired.confidence_interval(0.95).low)
     assert difference.above_0
+    for epoch, part in ((2, 0.5), (4, 1.0)):
+        after = found.difference_after(epoch, "mismatch-40", "otco")
+        assert (after.mean, after.half) == pytest.approx((part * difference.mean, part * difference.half))
+    with pytest.raises(UserError, match="has no validation after epoch 3"):
+        found.difference_after(3, "mismatch-40", "otco")
     assert found.missing == 40 - 12
 
 
@@ -144,6 +151,12 @@ def test_a_spread_as_text() -> None:
     ]
     assert not Spread(2.0, None).above_0
     assert not Spread(2.0, 3.0).above_0
+
+
+def test_whether_an_interval_holds_0() -> None:
+    held = [Spread(2.0, 3.0), Spread(-2.0, 3.0), Spread(0.0, 0.0), Spread(2.0, 2.0)]
+    assert all(spread.holds_0 and spread.low <= 0 <= spread.high for spread in held)
+    assert not any(spread.holds_0 for spread in (Spread(2.0, 1.0), Spread(-2.0, 1.0), Spread(0.0, None)))
 
 
 def test_a_page(folder: Path) -> None:

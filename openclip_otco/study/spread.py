@@ -78,6 +78,11 @@ class Spread:
         return self.half is not None and self.mean > self.half
 
     @property
+    def holds_0(self) -> bool:
+        """Whether 0 lies in the interval, which has to be known."""
+        return self.half is not None and abs(self.mean) <= self.half
+
+    @property
     def low(self) -> float:
         """The interval's lower end."""
         return self.mean - (self.half or 0)

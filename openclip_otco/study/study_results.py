@@ -107,6 +107,23 @@ class StudyResults:
         """Difference of the best epoch's rsum to that of the baseline's best epoch, paired by seed."""
         return Spread.of([own - base for own, base in self._pairs(data, loss, lambda run: run.rsum_best)])
 
+    def difference_after(self, epoch: int, data: str, loss: str) -> Spread:
+        """Difference to the baseline of the rsum after `epoch`, by OpenCLIP's validation, paired by seed.
+
+        Raises:
+            UserError: a run has no validation after that epoch.
+        """
+
+        def after(run: Result) -> float:
+            curve = dict(zip(*run.curve(), strict=True))
+            if epoch not in curve:
+                raise UserError(
+                    f"{self.folder / self.study.name}.jsonl: {run.run} has no validation after epoch {epoch}"
+                )
+            return curve[epoch]
+
+        return Spread.of([own - base for own, base in self._pairs(data, loss, after)])
+
     def of_clean(self, data: str, loss: str) -> Spread:
         """Mean rsum divided by that of the baseline on clean data, paired by seed."""
         clean = table.clean_setting(self.study)
