@@ -191,7 +191,7 @@ def _solve(
         error = _marginal_error(a, f, next_f, epsilon)
         if error < best.error or iterations == 1:
             best = _Iterate(f, own_g, error)
-        if not best.error > tol or iterations == max_iterations:
+        if not best.error > tol or iterations == max_iterations:  # an error that is NaN ends it, too
             break
         f = acceleration.next(f, next_f, error)
     return best.f, group.joined(best.own_g, cost.shape[1]), best.error, iterations

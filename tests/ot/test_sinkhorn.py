@@ -436,6 +436,21 @@ def test_nearest_potentials_measures_the_column_error_in_l1():
     assert nearest_potentials(matrix, candidates, epsilon, a, b) == int(np.argmin(errors))
 
 
+@pytest.mark.parametrize("max_iterations", [1, 3, 2000])
+def test_a_point_is_chosen_between_iterations_alone(path, monkeypatch, max_iterations):
+    asked, choose = [], Anderson.next
+    monkeypatch.setattr(Anderson, "next", lambda *of: asked.append(of) or choose(*of))
+    found = sinkhorn(CosineCost(unit(20, 8, 1), unit(20, 8, 2)), 0.05, max_iterations=max_iterations)
+    assert found.converged == (max_iterations == 2000)
+    assert len(asked) == found.iterations - 1
+
+
+def test_an_error_that_is_nan_ends_the_iteration(path, monkeypatch):
+    monkeypatch.setattr(sinkhorn_module, "_marginal_error", lambda *of: torch.nan)
+    found = sinkhorn(CosineCost(unit(20, 8, 1), unit(20, 8, 2)), 0.05)
+    assert (found.iterations, found.converged) == (1, False)
+
+
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
 def test_nearest_potentials_never_picks_broken_ones(broken):
     matrix = torch.rand(5, 6, generator=torch.Generator().manual_seed(0))
